@@ -1,0 +1,56 @@
+# Needs Python 3.10 or later (with venv and pip) and make; the rest goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+REGISTRY := $(CURDIR)/.madsci/registry.json
+SOURCES := client daemon tests bench
+
+.PHONY: help run test check format bench chaos clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make run     start the daemon here, on ./.madsci/registry.json"
+	@echo "make test    run all tests"
+	@echo "make check   ruff, formatting, mypy, import-linter (what CI does)"
+	@echo "make format  let ruff format and fix"
+	@echo "make bench   measure against a bare echo and bare SQLite"
+	@echo "make chaos   many kills, and how long a hand-over takes"
+	@echo "make clean   remove what these made, but for the registry in ./.madsci"
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, say make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+run: $(STAMP)
+	@mkdir -p -m 700 .madsci
+	@echo "In another terminal:"
+	@echo "  $(BIN)/registryctl status"
+	@echo "  $(BIN)/registryctl resolve liquidhandler_1 --type node"
+	@echo "  $(BIN)/registryctl run liquidhandler_1 --type node -- sleep 60"
+	@exec $(BIN)/madsci-registryd --registry '$(REGISTRY)'
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not chaos'
+
+check: $(STAMP)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy $(SOURCES)
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python bench/bench.py
+
+chaos: $(STAMP)
+	$(BIN)/python -m pytest -m chaos -s tests/chaos
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,251 @@
+"""Starts a registry's daemon where none is: for one person's machine, like ssh-agent.
+
+A daemon that would die with its starter, or that belongs to another user, is not started: each such case is a function
+of its own here, and its text tells the person what to do instead. Of many clients at once one starts the daemon (an
+flock on run/NAME.start); the others just try to connect. The instance lock of the daemon itself decides any race.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import select
+import sys
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
+
+from madsci_registry._endpoint import Endpoint, environment
+from madsci_registry.errors import PermissionDeniedError, RegistryError, UnavailableError, from_wire
+
+IDLE_EXIT_S = 600
+"""A daemon that a client started ends by itself when no client was there for ten minutes."""
+
+# What a program needs to run at all; nothing else of the starter's environment may shape a daemon that others use.
+_KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV")
+
+# PROC_PID_INIT_INO of the Linux kernel (include/linux/proc_ns.h): the initial PID namespace.
+_INITIAL_PID_NAMESPACE = "pid:[4026531836]"
+
+_starters: list[Popen[bytes]] = []
+
+
+def refusal(endpoint: Endpoint, env: Mapping[str, str] | None = None) -> str | None:
+    """Say why this registry's daemon may not be started by a client, None where it may."""
+    env = environment() if env is None else env
+    if endpoint.registry is None:
+        return "only a socket is named, not the registry behind it"
+    if endpoint.is_system:
+        return "the system's registry is started by systemd (systemctl start madsci-registryd)"
+    if env.get("MADSCI_REGISTRY_AUTOSTART") == "0":
+        return "MADSCI_REGISTRY_AUTOSTART=0 forbids to start one"
+    if find_spec("madsci_registryd") is None or not sys.executable:
+        return "the daemon's package (madsci_registryd) is not installed here"
+    if env.get("MADSCI_REGISTRY_AUTOSTART") == "1":
+        return None
+    return _foreign_folder(endpoint.registry.parent) or _in_container(env) or _in_service()
+
+
+def hint(endpoint: Endpoint) -> str:
+    """Tell a person how to start the daemon of a registry."""
+    if endpoint.is_system:
+        return "systemctl start madsci-registryd"
+    if endpoint.registry is None:
+        return f"madsci-registryd --socket {endpoint.socket} --registry PATH.json"
+    socket = f" --socket {endpoint.socket}" if endpoint.socket_is_given else ""
+    return f"madsci-registryd --registry {endpoint.registry}{socket}"
+
+
+def make_folder(endpoint: Endpoint) -> None:
+    """Make the registry's folder where it is missing, as MADSci does.
+
+    Raises:
+        PermissionDeniedError, UnavailableError: it cannot be made.
+    """
+    assert endpoint.registry is not None
+    folder = endpoint.registry.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except PermissionError:
+        raise PermissionDeniedError(f"{folder} cannot be made: no permission", path=str(folder)) from None
+    except OSError as error:
+        raise UnavailableError(f"{folder} cannot be made: {error.strerror}", path=str(folder)) from None
+
+
+def start_daemon(endpoint: Endpoint, deadline: float) -> bool:
+    """Start the daemon and wait until it serves; False where another client is at it or `deadline` came first.
+
+    Args:
+        endpoint: a registry for which `refusal` said nothing.
+        deadline: monotonic instant; the starter goes on by itself after it.
+
+    Raises:
+        RegistryError: what the daemon said of its failure; PermissionDeniedError, UnavailableError: no folder `run`,
+            or the process could not be started.
+    """
+    _reap()
+    try:
+        lock = _open_start_lock(endpoint)
+    except PermissionError as error:
+        raise PermissionDeniedError(f"{error.filename}: no permission", path=str(error.filename)) from None
+    except OSError as error:
+        raise UnavailableError(f"{error.filename}: {error.strerror}", path=str(endpoint)) from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return _spawn(endpoint, deadline)
+    finally:
+        # Unlocked by name: a child forked meanwhile has a copy of the descriptor and would keep the lock.
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        os.close(lock)
+
+
+def _open_start_lock(endpoint: Endpoint) -> int:
+    run = endpoint.socket.parent
+    if not endpoint.socket_is_given:
+        run.mkdir(mode=0o700, exist_ok=True)
+    return os.open(run / f"{endpoint.socket.stem}.start", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _spawn(endpoint: Endpoint, deadline: float) -> bool:
+    log = endpoint.socket.with_suffix(".log")
+    try:
+        stderr = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            starter = Popen(
+                command(endpoint),
+                stdin=DEVNULL,
+                stdout=PIPE,
+                stderr=stderr,
+                cwd="/",
+                env=clean_environment(environment()),
+                start_new_session=True,
+            )
+        finally:
+            os.close(stderr)
+    except OSError as error:
+        raise UnavailableError(f"no daemon could be started: {error}", hint=hint(endpoint)) from None
+    _starters.append(starter)
+    assert starter.stdout is not None
+    with starter.stdout as pipe:
+        line = _read_line(pipe.fileno(), deadline)
+    _reap()
+    return line is not None and _judge(line, log, endpoint)
+
+
+def _judge(line: bytes, log: Path, endpoint: Endpoint) -> bool:
+    try:
+        outcome = json.loads(line)
+    except ValueError:
+        raise UnavailableError(f"the daemon did not start; {log} may say why", hint=hint(endpoint)) from None
+    if "error" in outcome:
+        raise _with_hint(from_wire(outcome["error"]), endpoint)
+    return True
+
+
+def _with_hint(error: RegistryError, endpoint: Endpoint) -> RegistryError:
+    if isinstance(error, UnavailableError) and not error.hint:
+        error.hint = hint(endpoint)
+    return error
+
+
+def _read_line(pipe: int, deadline: float) -> bytes | None:
+    """Read to the first newline or the end; None if the deadline comes first."""
+    line = b""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    while b"\n" not in line:
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            return None
+        part = os.read(pipe, 65536)
+        if not part:
+            break
+        line += part
+    return line
+
+
+def _reap() -> None:
+    # The starter exits as soon as it has spoken; one that was slower is met here the next time.
+    for starter in _starters[:]:
+        if starter.poll() is not None:
+            _starters.remove(starter)
+
+
+def command(endpoint: Endpoint) -> list[str]:
+    """Return the command line that starts the daemon of a registry."""
+    assert endpoint.registry is not None
+    argv = [sys.executable, "-m", "madsci_registryd", "--registry", str(endpoint.registry)]
+    if endpoint.socket_is_given:
+        argv += ["--socket", str(endpoint.socket)]
+    return [*argv, "--idle-exit", str(IDLE_EXIT_S), "--autostarted"]
+
+
+def clean_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """Return what a started daemon gets of an environment, with this program's own copy of the packages."""
+    clean = {key: value for key, value in env.items() if key in _KEPT or key.startswith("LC_")}
+    paths = [str(Path(path).absolute()) for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
+    # A program may have put the packages on sys.path by itself; installed ones are found anyway.
+    paths += [root for name in ("madsci_registryd", "madsci_registry") if (root := _source_root(name))]
+    if paths:
+        clean["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    return clean
+
+
+def _source_root(package: str) -> str | None:
+    spec = find_spec(package)
+    if spec is None or not spec.origin:
+        return None
+    root = Path(spec.origin).absolute().parents[1]
+    return None if root.name in ("site-packages", "dist-packages") else str(root)
+
+
+def _foreign_folder(folder: Path) -> str | None:
+    """Another user's registry is another user's daemon."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    owner = folder.stat().st_uid
+    return None if owner == os.geteuid() else f"{folder} belongs to uid {owner}, not to you (uid {os.geteuid()})"
+
+
+def _in_container(env: Mapping[str, str]) -> str | None:
+    """A daemon in a container ends with it, while other containers on the same folder count on it."""
+    if _pid_namespace() == _INITIAL_PID_NAMESPACE:
+        return None
+    marks = Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
+    if not marks and not env.get("container") and not env.get("KUBERNETES_SERVICE_HOST"):
+        return None
+    return "this is a container: run madsci-registryd outside, or in a container of its own"
+
+
+def _pid_namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def _in_service(cgroup: Path = Path("/proc/self/cgroup")) -> str | None:
+    """A daemon started in a systemd service is killed when that service stops."""
+    try:
+        unit = innermost_unit(cgroup.read_text())
+    except OSError:
+        return None
+    if unit is None or not unit.endswith(".service"):
+        return None
+    return f"this runs in the systemd unit {unit}, which would take the daemon down with it"
+
+
+def innermost_unit(cgroup: str) -> str | None:
+    """Return the innermost systemd unit (service, scope) of the text of /proc/PID/cgroup, None where there is none."""
+    for line in cgroup.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "name=systemd"):
+            units = [part for part in path.split("/") if part.endswith((".service", ".scope"))]
+            if units:
+                return units[-1]
+    return None

@@ -1,0 +1,209 @@
+"""One connection to a daemon: its lifeline, which is the session, and the channel for requests that belongs to it.
+
+A Connection begins with hello or resume and ends once, for good: all requests under way on it fail at once. What is
+written to the lifeline later (cancel, release, bye) is one small send that never blocks and takes no lock, so that it
+may come from atexit, `__del__` and signal handlers; where even that finds no room, the connection is ended, and the
+next resume tells the daemon the same.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from madsci_registry import protocol
+from madsci_registry._ledger import Key
+from madsci_registry._transport import Channel, Reach
+from madsci_registry.errors import PermissionDeniedError, RegistryTimeoutError, UnavailableError, from_wire
+
+_READ_BYTES = 65536
+
+_open_sockets: set[socket.socket] = set()
+
+
+class Absent(Exception):
+    """Nobody listens at the lifeline's path."""
+
+
+class Connection:
+    """A lifeline that was welcomed. Threads share it; `fail` ends it."""
+
+    def __init__(self, stream: _Stream, welcome: dict[str, Any], token: str, request_socket: Path) -> None:
+        self._stream = stream
+        self.session: str = welcome["session"]
+        self.token = token
+        self.epoch: int = welcome["epoch"]
+        self.stamp = {"v": protocol.PROTOCOL_VERSION, "token": token, "epoch": self.epoch}
+        """What every request over this connection carries."""
+        self.stamp_json = protocol.encode(self.stamp).decode().strip("{}")
+        self.said_held = [_key_and_token(lock) for lock in welcome.get("held", [])]
+        """What the daemon says this process holds: ((instance, name), fencing_token)."""
+        self.broken = False
+        self._broken_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self.channel = Channel(request_socket, self._broken_fd)
+        except BaseException:
+            os.close(self._broken_fd)
+            raise
+
+    def __del__(self) -> None:
+        # Only now: threads that still poll it hold a reference.
+        if hasattr(self, "channel"):
+            os.close(self._broken_fd)
+
+    def fail(self) -> None:
+        """End the connection, here and now, and with it all requests under way. Idempotent, from any thread."""
+        self.broken = True
+        os.eventfd_write(self._broken_fd, 1)
+        self._stream.end()
+        self.channel.close()
+
+    def say(self, line: protocol.Cancel | protocol.LifelineRelease | protocol.Bye) -> None:
+        """Send a line if that is possible without waiting; the daemon does not answer it."""
+        if not self.broken and not self._stream.try_send(protocol.encode(line) + b"\n"):
+            self.fail()
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yield what the daemon says until the connection ends, then end it here too."""
+        try:
+            while (line := self._stream.read_line()) is not None:
+                yield protocol.decode(line)
+        except (OSError, ValueError):
+            pass
+        self.fail()
+
+    def close(self) -> None:
+        """Close the lifeline's descriptor; only for the thread that reads it."""
+        self._stream.close()
+
+
+class _Stream:
+    """The socket of a lifeline, line by line."""
+
+    def __init__(self, path: Path, deadline: float) -> None:
+        self._buffer = bytearray()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        _open_sockets.add(self._socket)
+        reach = None
+        try:
+            self._socket.settimeout(_left_s(deadline))
+            reach = Reach(path)
+            self._socket.connect(reach.address)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            if reach is not None:
+                reach.close()
+
+    def send(self, data: bytes, deadline: float) -> None:
+        self._socket.settimeout(_left_s(deadline))
+        self._socket.sendall(data)
+
+    def wait_for_ever(self) -> None:
+        # With a timeout set, Python would wait for room in spite of MSG_DONTWAIT.
+        self._socket.settimeout(None)
+
+    def try_send(self, data: bytes) -> bool:
+        try:
+            return self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) == len(data)
+        except OSError:
+            return False
+
+    def read_line(self, deadline: float | None = None) -> bytes | None:
+        """Return the next line, None at the end. Raises OSError, ValueError for an endless line."""
+        while (end := self._buffer.find(b"\n")) < 0:
+            if len(self._buffer) > protocol.LINE_MAX_BYTES:
+                raise ValueError("a line of the daemon is too long")
+            if deadline is not None:
+                self._socket.settimeout(_left_s(deadline))
+            part = self._socket.recv(_READ_BYTES)
+            if not part:
+                return None
+            self._buffer += part
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+    def end(self) -> None:
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        _open_sockets.discard(self._socket)
+        self._socket.close()
+
+
+def connect(
+    lifeline: Path,
+    request_socket: Path,
+    opening: protocol.Hello | protocol.Resume,
+    deadline: float,
+) -> Connection:
+    """Connect to a daemon and begin, or go on with, a session.
+
+    Args:
+        lifeline: path of NAME.life.
+        request_socket: path of NAME.sock.
+        opening: what to say first.
+        deadline: monotonic instant until which the daemon has to answer.
+
+    Raises:
+        Absent: nobody listens there, or who did went away.
+        RegistryError: what the daemon refused with; PermissionDeniedError; RegistryTimeoutError: it does not answer.
+    """
+    try:
+        stream = _Stream(lifeline, deadline)
+        try:
+            stream.send(protocol.encode(opening) + b"\n", deadline)
+            welcome = _welcome(stream, deadline)
+            stream.wait_for_ever()
+            token = opening.token if isinstance(opening, protocol.Resume) else welcome["token"]
+            return Connection(stream, welcome, token, request_socket)
+        except BaseException:
+            stream.close()
+            raise
+    except TimeoutError:
+        raise RegistryTimeoutError(f"the daemon at {lifeline} does not answer") from None
+    except PermissionError:
+        raise PermissionDeniedError(f"no permission to reach the daemon at {lifeline}", path=str(lifeline)) from None
+    except OSError as error:
+        raise Absent(error.strerror) from None
+
+
+def _welcome(stream: _Stream, deadline: float) -> dict[str, Any]:
+    try:
+        line = stream.read_line(deadline)
+        answer = None if line is None else protocol.decode(line)
+    except ValueError as error:
+        raise UnavailableError(f"what listens there speaks another language: {error}") from None
+    if answer is None:
+        raise ConnectionResetError("the daemon went away")
+    if answer.get("op") == "refused":
+        raise from_wire(answer["error"])
+    if answer.get("op") != "welcome":
+        raise UnavailableError(f"the daemon said {answer.get('op')!r} where welcome was due")
+    return answer
+
+
+def _key_and_token(lock: dict[str, Any]) -> tuple[Key, int]:
+    return Key(lock["instance"], lock["name"]), lock["fencing_token"]
+
+
+def _left_s(deadline: float) -> float | None:
+    # 0 would mean "do not block" to a socket: a deadline that has passed still gets a millisecond.
+    left_s = max(0.001, deadline - time.monotonic())
+    return None if left_s > 1e6 else left_s
+
+
+def forget_parent() -> None:
+    """Close a forked child's copies of its parent's lifelines, so that it does not keep them open."""
+    for inherited in list(_open_sockets):
+        inherited.close()
+    _open_sockets.clear()

@@ -1,0 +1,144 @@
+"""The values that the registry answers with: immutable, picklable, safe to share between threads."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+ComponentType = Literal["node", "module", "manager", "experiment", "workcell"]
+COMPONENT_TYPES: tuple[str, ...] = get_args(ComponentType)
+
+State = Literal["held", "free", "retired"]
+"""held: locked by a living holder; free: anyone may take it; retired: kept for its ULID, resolving revives it."""
+
+Proof = Literal["pidfd", "pid", "connection"]
+"""How surely a holder is known to live: by a pidfd of it, by its pid and start time, by its connection alone."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a name. All but `instance` are kernel facts, never what the client said of itself."""
+
+    pid: int | None
+    """Process id as the daemon sees it; None where no pid is visible (another PID namespace)."""
+    uid: int
+    host: str
+    instance: str
+    """Which RegistryClient (or LockManager) of that process."""
+    session: str
+    since: str
+    """When the lock was granted (UTC, ISO 8601)."""
+    proof: Proof
+    comm: str | None = None
+    command_line: str | None = None
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> Holder:
+        return cls(**{k: v for k, v in wire.items() if k in cls.__dataclass_fields__})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Component:
+    """A name with its ULID, as the registry knows it at one instant."""
+
+    name: str
+    id: str
+    """The ULID: 26 characters, for ever the same for this component."""
+    component_type: ComponentType
+    state: State
+    locked: bool
+    fencing_token: int | None
+    """The token of the present lock, None where nobody holds the name."""
+    created_at: str
+    last_seen: str
+    """When it was last resolved or its lock ended (UTC, ISO 8601)."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    holder: Holder | None = None
+    waiting: int = 0
+    """How many processes wait for the name."""
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> Component:
+        known = {k: v for k, v in wire.items() if k in cls.__dataclass_fields__}
+        if known.get("holder"):
+            known["holder"] = Holder.from_wire(known["holder"])
+        return cls(**known)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One change of the registry, as history tells it."""
+
+    revision: int
+    """Grows with every change of this registry, never repeats, below 2^53."""
+    at: str
+    kind: str
+    """created, renamed, retired, revived, metadata, granted, released, ended, broken, started or restored."""
+    name: str | None
+    id: str | None
+    uid: int | None
+    pid: int | None
+    session: str | None
+    why: dict[str, Any] = field(default_factory=dict)
+    """What else there is to say: the old name of a rename, the token of a grant, the operator's reason."""
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> Event:
+        return cls(**{k: v for k, v in wire.items() if k in cls.__dataclass_fields__})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """One client process that the daemon serves, or waits for after a restart."""
+
+    id: str
+    pid: int | None
+    uid: int
+    gid: int
+    comm: str | None
+    command_line: str | None
+    started_at: str
+    """When the session began (UTC, ISO 8601)."""
+    attached: bool
+    """False: its connection is down and the daemon waits for it to resume."""
+    proof: Proof
+    held: int
+    """How many names it holds."""
+    waiting: int
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> SessionInfo:
+        return cls(**{k: v for k, v in wire.items() if k in cls.__dataclass_fields__})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did, entry by entry; never silent."""
+
+    dry_run: bool
+    entries: list[ImportedEntry]
+
+    def count(self, outcome: str) -> int:
+        """Say how many entries had that outcome."""
+        return sum(e.outcome == outcome for e in self.entries)
+
+
+@dataclass(frozen=True)
+class ImportedEntry:
+    """The fate of one entry of an import: added, same, conflict, invalid, or retired (by `replace`)."""
+
+    name: str
+    outcome: Literal["added", "same", "conflict", "invalid", "retired"]
+    reason: str = ""

@@ -1,0 +1,129 @@
+"""`list`, `show` and `history`: what the registry knows and what happened in it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from madsci_registry.errors import NotFoundError
+from madsci_registry.names import is_ulid
+from madsci_registry.types import COMPONENT_TYPES
+from madsci_registryctl.invocation import Command, Invocation, complete_name
+from madsci_registryctl.render import holder_text, print_fields, print_json, print_table, whole_seconds
+
+if TYPE_CHECKING:
+    from madsci_registry.client import RegistryClient
+    from madsci_registry.types import Component, ComponentType, Event, State
+
+
+@click.command("list", cls=Command)
+@click.argument("pattern", metavar="[GLOB]", required=False)
+@click.option("--type", "component_type", type=click.Choice(COMPONENT_TYPES), help="Only components of this type.")
+@click.option("--state", type=click.Choice(["held", "free", "retired"]), help="Only names in this state.")
+@click.option("--all", "include_retired", is_flag=True, help="Retired names too.")
+@click.pass_obj
+def list_command(
+    invocation: Invocation,
+    pattern: str | None,
+    component_type: ComponentType | None,
+    state: State | None,
+    include_retired: bool,
+) -> None:
+    """List the components, or those whose name matches GLOB (* ? [])."""
+    with invocation.client() as client:
+        components = client.list(
+            pattern, component_type=component_type, state=state, include_retired=include_retired
+        )  # fmt: skip
+    if invocation.as_json:
+        print_json([c.to_json() for c in components])
+        return
+    columns = ("NAME", "TYPE", "STATE", "ID", "HOLDER", "LAST SEEN")
+    print_table(invocation, columns, [_row(c) for c in components])
+
+
+def _row(component: Component) -> tuple[object, ...]:
+    holder = component.holder
+    who = None if holder is None else f"{holder.comm or 'process'}[{holder.pid or '?'}]@{holder.host}"
+    return (
+        component.name,
+        component.component_type,
+        component.state,
+        component.id,
+        who,
+        whole_seconds(component.last_seen),
+    )
+
+
+@click.command("show", cls=Command)
+@click.argument("name", metavar="NAME|ULID", shell_complete=complete_name)
+@click.pass_obj
+def show_command(invocation: Invocation, name: str) -> None:
+    """Show all that is known of a component (the protocol's get and whois)."""
+    with invocation.client() as client:
+        component = find(client, name)
+    if invocation.as_json:
+        print_json(component.to_json())
+    else:
+        print_component(component)
+
+
+def find(client: RegistryClient, name_or_id: str) -> Component:
+    """Return the component with this name, else with this ULID. Raises NotFoundError."""
+    try:
+        return client.get(name_or_id)
+    except NotFoundError as no_name:
+        if not is_ulid(name_or_id) or no_name.renamed_to:
+            raise
+        return client.whois(name_or_id)
+
+
+def print_component(component: Component) -> None:
+    """Print a component for people, one fact a line."""
+    shown: dict[str, object] = {
+        "name": component.name,
+        "id": component.id,
+        "type": component.component_type,
+        "state": component.state,
+        "created": whole_seconds(component.created_at),
+        "last seen": whole_seconds(component.last_seen),
+    }
+    if component.holder:
+        shown["holder"] = holder_text(component.holder)
+        shown["fencing token"] = component.fencing_token
+    if component.waiting:
+        shown["waiting"] = component.waiting
+    if component.metadata:
+        shown["metadata"] = [f"{key}={_json(value)}" for key, value in component.metadata.items()]
+    print_fields(shown)
+
+
+@click.command("history", cls=Command)
+@click.argument("name", required=False, shell_complete=complete_name)
+@click.pass_obj
+def history_command(invocation: Invocation, name: str | None) -> None:
+    """Tell every change of the registry, or those of NAME, oldest first."""
+    with invocation.client() as client:
+        events = client.history(name)
+    if invocation.as_json:
+        print_json([event.to_json() for event in events])
+        return
+    print_table(
+        invocation,
+        ("REVISION", "AT", "EVENT", "NAME", "ID", "BY", "WHY"),
+        [(e.revision, whole_seconds(e.at), e.kind, e.name, e.id, _actor(e), _why(e)) for e in events],
+    )
+
+
+def _actor(event: Event) -> str | None:
+    words = [f"{what} {value}" for what, value in (("uid", event.uid), ("pid", event.pid)) if value is not None]
+    return " ".join(words) or None
+
+
+def _why(event: Event) -> str | None:
+    return " ".join(f"{key}={_json(value)}" for key, value in event.why.items()) or None
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

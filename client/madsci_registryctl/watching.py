@@ -1,0 +1,92 @@
+"""`status`, `where` and `sessions`: the daemon and its clients. None of them ever starts a daemon."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from madsci_registry.errors import RegistryError
+from madsci_registryctl.invocation import Command, Invocation
+from madsci_registryctl.render import print_fields, print_json, print_table, whole_seconds
+
+
+@click.command("status", cls=Command)
+@click.pass_obj
+def status_command(invocation: Invocation) -> None:
+    """Say what the daemon is and does; exit status 6 if none serves. Starts none."""
+    with invocation.client(autostart=False) as client:
+        status = client.status()
+    if invocation.as_json:
+        print_json(status)
+        return
+    degraded = status.pop("degraded", [])
+    print_fields(status)
+    if degraded:
+        print_fields({"degraded": degraded})
+
+
+@click.command("where", cls=Command)
+@click.pass_obj
+def where_command(invocation: Invocation) -> None:
+    """Say which registry is chosen here, and why; and whether a daemon serves it. Starts none."""
+    endpoint = invocation.endpoint()
+    serving_pid, answer = _who_serves(invocation)
+    chosen: dict[str, object] = {
+        "registry": _text(endpoint.registry),
+        "database": _text(endpoint.database),
+        "socket": str(endpoint.socket),
+        "lifeline": str(endpoint.lifeline),
+        "reason": endpoint.reason,
+        "exists": endpoint.exists(),
+        "answers": serving_pid is not None,
+        "pid": serving_pid,
+    }
+    if invocation.as_json:
+        print_json(chosen)
+        return
+    chosen["exists"] = "yes" if chosen["exists"] else "not yet" if endpoint.registry else "only its daemon knows"
+    chosen["answers"] = f"yes, pid {serving_pid}" if serving_pid is not None else f"no: {answer}"
+    del chosen["pid"]
+    print_fields(chosen)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _who_serves(invocation: Invocation) -> tuple[int | None, str]:
+    try:
+        with invocation.client(autostart=False) as client:
+            return int(client.status()["pid"]), ""
+    except RegistryError as error:
+        return None, error.message
+
+
+@click.command("sessions", cls=Command)
+@click.pass_obj
+def sessions_command(invocation: Invocation) -> None:
+    """List the client processes that the daemon knows. Starts no daemon."""
+    with invocation.client(autostart=False) as client:
+        sessions = client.sessions()
+    if invocation.as_json:
+        print_json([session.to_json() for session in sessions])
+        return
+    print_table(
+        invocation,
+        ("SESSION", "PID", "UID", "PROGRAM", "SINCE", "CONNECTION", "PROOF", "HELD", "WAITING"),
+        [
+            (
+                s.id,
+                s.pid,
+                s.uid,
+                s.comm,
+                whole_seconds(s.started_at),
+                "attached" if s.attached else "detached",
+                s.proof,
+                s.held,
+                s.waiting,
+            )
+            for s in sessions
+        ],
+    )

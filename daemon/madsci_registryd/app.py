@@ -1,0 +1,292 @@
+"""Builds and joins the parts, and owns the order of start and stop.
+
+Start: instance lock; open, check and migrate the database; one durable transaction (epoch above all that could have
+been given, sessions of dead processes ended); only then the sockets. Stop: sockets first, database last.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import socket
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from madsci_registry import protocol as p
+from madsci_registryd import database, holders
+from madsci_registryd.batch import Write
+from madsci_registryd.clock import SystemClock, iso
+from madsci_registryd.core import Core
+from madsci_registryd.faults import CorruptDatabase, StartFault, StorageFault, os_fault
+from madsci_registryd.holders import Life
+from madsci_registryd.instance import InstanceLock
+from madsci_registryd.lifelines import Lifelines
+from madsci_registryd.locks import Session
+from madsci_registryd.loop import Loop, Turn
+from madsci_registryd.server import Server
+from madsci_registryd.settings import Places, Settings
+from madsci_registryd.sockets import ListeningPath
+from madsci_registryd.transaction import Tx
+
+log = logging.getLogger(__name__)
+
+VERSION = version("madsci-registryd")
+LOOK_AFTER_S = 0.5
+"""How often the sockets' and the registry's folders are looked at."""
+TRIM_S = 60.0
+TRIM_ROWS = 2000
+LOCK_EVENTS_KEPT = 1_000_000
+LOCK_EVENTS_KEPT_S = 30 * 86400.0
+
+
+class App:
+    """One daemon, from `start()` through `run()` to `close()`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.places = Places(settings)
+        self.clock = SystemClock()
+        self.loop = Loop()
+        self.why_stop: str | None = None
+        self.exit_status = 0
+        self._busy_at = self.clock.monotonic()
+
+    # start
+
+    def start(self) -> None:
+        """Get ready to serve. Raises: StartFault; nothing that existed was overwritten."""
+        self._limits()
+        self._folders()
+        self.instance = InstanceLock(self.places.lock)
+        notes = self.instance.notes()
+        self.db = database.open_database(self.places.database)
+        after_error = notes.get("io_error") == holders.boot_id()
+        if after_error:
+            self._check_after_error()
+        self._build()
+        self.core.begin(VERSION, self._judge)
+        if after_error:
+            self.service.no_grants_before = self.clock.monotonic() + p.GRACE_S
+        self.instance.note(
+            pid=os.getpid(), socket=str(self.places.socket), **({"io_error": notes["io_error"]} if after_error else {})
+        )
+        self.server.bind()
+        self.lifelines.bind()
+        self._watch_world(after_error)
+        log.info("serving registry=%s socket=%s epoch=%d", self.places.registry, self.places.socket, self.core.epoch)
+
+    def _limits(self) -> None:
+        """As many descriptors as allowed: libzmq aborts when they run out."""
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    def _folders(self) -> None:
+        folder = self.places.state
+        try:
+            folder.mkdir(mode=0o755, exist_ok=True)
+            self._folder_identity = _identity(folder)
+        except OSError as error:
+            raise os_fault(error, str(folder)) from error
+        database.check_file_system(folder)
+
+    def _check_after_error(self) -> None:
+        log.warning("the last daemon ended with an I/O error: checking the whole database")
+        found = database.faults_of(self.db)
+        if found:
+            where = str(self.places.database)
+            raise CorruptDatabase(f"{where} is damaged: {found[0]}; madsci-registryd restore BACKUP", path=where)
+
+    def _build(self) -> None:
+        self.host = socket.gethostname()
+        self.proof = holders.best_proof()
+        self.started_at = iso(self.clock.wall())
+        self.core = Core(self.db, self.places.database, self.clock, host=self.host, status=self.status)
+        self.registrar, self.service, self.timers = self.core.registrar, self.core.service, self.core.timers
+        self.server = Server(ListeningPath(self.places.socket))
+        self.lifelines = Lifelines(
+            ListeningPath(self.places.lifeline),
+            self.loop,
+            self.core,
+            version=VERSION,
+            sessions_per_uid=self.settings.sessions_per_uid,
+        )
+
+    def _judge(self, tx: Tx, session: Session) -> None:
+        """Find out whether the process of a session that an earlier daemon left is alive."""
+        life, pidfd, proof = holders.find(
+            pid=session.pid,
+            started=session.start_time,
+            inode=session.pidfd_inode,
+            boot=session.boot_id,
+            namespace=session.pid_namespace,
+        )
+        if life is Life.DEAD:
+            self.service.end_session(tx, session, "its process died while no daemon was up")
+            return
+        session.proof = proof
+        session.since = tx.monotonic
+        session.comm, session.command_line = holders.comm(session.pid), holders.command_line(session.pid)
+        if life is Life.UNPROVEN:
+            session.comm = session.command_line = None
+        self.registrar.add_session(session)
+        if pidfd is not None:
+            self.lifelines.watch_process(session, pidfd)
+
+    def _watch_world(self, after_error: bool) -> None:
+        self.loop.watch(self.server.fd, Turn.REQUESTS, self.server.wake)
+        self.timers.every(LOOK_AFTER_S, self._look_after)
+        self.timers.every(TRIM_S, self._trim)
+        if after_error:
+            self.timers.after(p.GRACE_S, self._end_grace)
+        wake, signalled = socket.socketpair()
+        wake.setblocking(False)
+        signalled.setblocking(False)
+        signal.set_wakeup_fd(signalled.fileno(), warn_on_full_buffer=False)
+        self._wake = wake, signalled
+        self.loop.watch(wake.fileno(), Turn.DEATHS, lambda events: _read_all(wake))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.why_stop = signal.Signals(number).name
+
+    # run
+
+    def run(self) -> int:
+        """Serve until told to stop; returns the exit status."""
+        try:
+            while self.why_stop is None:
+                self._turn()
+        except (StorageFault, database.DatabaseError) as error:
+            self._die(error)
+        log.info("stopping: %s", self.why_stop)
+        return self.exit_status
+
+    def _turn(self) -> None:
+        timeout_s = self.timers.run_due()
+        self.registrar.commit()
+        self.loop.turn(0 if self.server.has_input() else timeout_s)
+        self.server.drain(self.core.handlers.request)
+        self.registrar.commit()
+
+    def _die(self, error: Exception) -> NoReturn:
+        """An I/O error: what was being committed may or may not be on disk, so nothing more is said, not even by
+        closing files in order. The next daemon checks the database and lets holders come back first."""
+        log.critical("I/O error, exiting: %s", error)
+        self.instance.note(pid=None, io_error=holders.boot_id())
+        os._exit(StorageFault.status)
+
+    def _look_after(self) -> None:
+        if not self._is_folder_ours():
+            self.why_stop = "the registry's folder is gone"
+            return
+        if not self.places.database.exists():
+            self._save_database()
+            return
+        try:
+            if not self.server.path.is_ours():
+                self.server.bind()
+                log.warning("the socket %s was gone: made again", self.places.socket)
+            if not self.lifelines.path.is_ours():
+                self.lifelines.bind()
+                log.warning("the socket %s was gone: made again", self.places.lifeline)
+        except (StartFault, OSError) as error:
+            log.warning("cannot listen: %s", error)
+        self._look_idle()
+
+    def _is_folder_ours(self) -> bool:
+        try:
+            return _identity(self.places.state) == self._folder_identity
+        except OSError:
+            return False
+
+    def _save_database(self) -> None:
+        """Somebody deleted the database under us: write what we have to its place, and start anew on that."""
+        log.critical("%s was deleted while it was served: writing it again", self.places.database)
+        copy = self.places.database.with_name(f"{self.places.database.name}.copy-saved")
+        for old in ("-wal", "-shm"):
+            Path(f"{self.places.database}{old}").unlink(missing_ok=True)
+        try:
+            database.copy_to(self.db, copy)
+            copy.chmod(0o600)
+            copy.rename(self.places.database)
+            database.sync_folder(self.places.state)
+        except (database.DatabaseError, OSError) as error:
+            log.critical("could not write it: %s", error)
+            return
+        self.why_stop, self.exit_status = "the database was deleted and is written again", StorageFault.status
+
+    def _look_idle(self) -> None:
+        limit_s = self.settings.idle_exit
+        if not self.lifelines.is_quiet or self.registrar.sessions or limit_s is None:
+            self._busy_at = self.clock.monotonic()
+        elif self.clock.monotonic() - self._busy_at >= limit_s and self.lifelines.stop_if_quiet():
+            self.why_stop = f"no client for {limit_s:g} s"
+
+    def _trim(self) -> None:
+        before = iso(self.clock.wall() - LOCK_EVENTS_KEPT_S)
+        store = self.service.store
+        self.registrar.submit(
+            Write(lambda tx: store.trim_lock_events(before, LOCK_EVENTS_KEPT, TRIM_ROWS), lambda r: None, light=True)
+        )
+
+    def _end_grace(self) -> None:
+        """Holders had their time after an I/O error: names may be granted again."""
+        self.instance.note(pid=os.getpid(), socket=str(self.places.socket))
+        for name in {claim.name for claim in self.registrar.queues}:
+            self.registrar.reconsider(name)
+
+    def status(self) -> dict[str, Any]:
+        """Say what the daemon is and does."""
+        store = self.service.store
+        names, retired, held = store.counts()
+        degraded = []
+        if self.clock.monotonic() < self.service.no_grants_before:
+            degraded.append("an I/O error ended the last daemon: nothing is granted for 10 s")
+        if self.proof != "pidfd":
+            degraded.append(f"this kernel proves holders by {self.proof} only")
+        return {
+            "version": VERSION,
+            "protocol_version": p.PROTOCOL_VERSION,
+            "pid": os.getpid(),
+            "uid": os.geteuid(),
+            "host": self.host,
+            "registry": str(self.places.registry),
+            "database": str(self.places.database),
+            "socket": str(self.places.socket),
+            "started_at": self.started_at,
+            "epoch": self.core.epoch,
+            "revision": store.revision,
+            "sqlite_version": database.sqlite_version(),
+            "names": names,
+            "retired": retired,
+            "held": held,
+            "sessions": len(self.registrar.sessions),
+            "waiting": len(self.registrar.queues),
+            "proof": self.proof,
+            "degraded": degraded,
+        }
+
+    def close(self) -> None:
+        """Tell the clients, close the sockets, then the database; locks stay in it for the next daemon."""
+        self.registrar.close()
+        self.lifelines.close()
+        self.server.close()
+        self.core.close()
+        self.instance.close()
+        signal.set_wakeup_fd(-1)
+        for sock in self._wake:
+            sock.close()
+        self.loop.close()
+
+
+def _read_all(wake: socket.socket) -> None:
+    wake.recv(4096)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino

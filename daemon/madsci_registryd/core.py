@@ -1,0 +1,85 @@
+"""The daemon without its sockets, put together: database, rules, verbs, batch. What tests drive with a fake clock."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ulid
+
+from madsci_registryd.backups import Backups
+from madsci_registryd.batch import Batch
+from madsci_registryd.clock import Clock, Timers, iso
+from madsci_registryd.database import Connection
+from madsci_registryd.handlers import Handlers
+from madsci_registryd.identities import TOKENS_A_TERM
+from madsci_registryd.imports import Imports
+from madsci_registryd.locks import Queues, Session
+from madsci_registryd.reads import Reads
+from madsci_registryd.registrar import Registrar
+from madsci_registryd.service import OutsideStage, Service
+from madsci_registryd.store import Store
+from madsci_registryd.transaction import Tx
+
+
+class Core:
+    """One start of the daemon over an open database. One thread."""
+
+    def __init__(
+        self,
+        db: Connection,
+        database: Path,
+        clock: Clock,
+        *,
+        host: str,
+        status: Callable[[], dict[str, Any]],
+        stage: OutsideStage | None = None,
+    ) -> None:
+        self.db = db
+        self.clock = clock
+        self.timers = Timers(clock)
+        self.store = Store(db)
+        self.queues = Queues()
+        self.registrar = Registrar(clock, self.timers, self.queues)
+        self.epoch = self._next_epoch()
+        sessions = self.registrar.sessions
+        self.service = Service(
+            self.store, self.queues, sessions.get, lambda: str(ulid.ULID()), epoch=self.epoch, host=host, stage=stage
+        )
+        reads = Reads(self.service, sessions.values, clock, status)
+        self.registrar.open(self.service, reads, Batch(db, self.service, clock, self._is_dead, str(database)))
+        self.backups = Backups(db, database)
+        self.handlers = Handlers(self.registrar, Imports(self.registrar), self.backups, self.epoch)
+
+    def _is_dead(self, session: Session) -> bool:
+        return self.registrar.is_dead(session)
+
+    def _next_epoch(self) -> int:
+        """Return a number above every epoch and term that an earlier start can have used."""
+        stored = int(self.store.meta("epoch") or 0)
+        return max(stored + 1, int(self.clock.wall()), self.store.highest_token() // TOKENS_A_TERM + 1)
+
+    def begin(self, version: str, judge: Callable[[Tx, Session], None]) -> None:
+        """Run the start transaction: durable, so that no token or revision is ever given twice.
+
+        `judge` ends each session that an earlier start left, or adds it to the registrar.
+        """
+        now = iso(self.clock.wall())
+        # A power loss may have taken revisions that were given but not synced; the WAL holds far fewer than 2^20.
+        self.store.raise_revision(max(self.store.revision + (1 << 20), self.epoch << 20))
+        with self.db:
+            self.store.set_meta("epoch", self.epoch)
+            if self.store.meta("created_at") is None:
+                self.store.set_meta("created_at", now)
+            self.store.add_event("started", now, uid=os.geteuid(), pid=os.getpid(), why={"version": version})
+            tx = Tx(now, self.clock.monotonic())
+            for session in self.store.sessions():
+                judge(tx, session)
+
+    def close(self) -> None:
+        """Answer who waits that the daemon stops, and close the database; locks stay in it for the next start."""
+        self.registrar.close()
+        self.backups.close()
+        self.db.close()

@@ -1,0 +1,196 @@
+"""From a frame to a verb: one table of operations, one place where a refusal becomes an error reply."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from madsci_registry import protocol as p
+from madsci_registry.errors import (
+    InternalError,
+    InvalidError,
+    ProtocolVersionError,
+    RegistryError,
+    SessionRequiredError,
+    StaleEpochError,
+    TooLargeError,
+)
+from madsci_registryd.backups import Backups
+from madsci_registryd.database import DatabaseError
+from madsci_registryd.faults import StorageFault
+from madsci_registryd.imports import Imports
+from madsci_registryd.locks import Presence, Session
+from madsci_registryd.registrar import Answer, Registrar, outcome
+
+log = logging.getLogger(__name__)
+
+
+class Read(NamedTuple):
+    """A verb that is answered at once."""
+
+    verb: Callable[..., Any]
+
+
+class Change(NamedTuple):
+    """A verb that is a step of the turn's batch. `light(request)`: it probably changes locks only."""
+
+    verb: Callable[..., Any]
+    light: Callable[[Any], bool] = lambda request: False
+
+
+class Parks(NamedTuple):
+    """A verb that answers by itself, now or later."""
+
+    verb: Callable[..., Any]
+
+
+class Handlers:
+    """The operations of the protocol."""
+
+    def __init__(self, registrar: Registrar, imports: Imports, backups: Backups, epoch: int) -> None:
+        self._registrar = registrar
+        self._epoch = epoch
+        self._decode = p.request_validator().validate_json
+        self._decode_line = p.line_validator().validate_json
+        service, reads = registrar.service, registrar.reads
+        self._table: dict[type, Read | Change | Parks] = {
+            p.Lookup: Read(reads.lookup),
+            p.Get: Read(reads.get),
+            p.Whois: Read(reads.whois),
+            p.List: Read(reads.list),
+            p.History: Read(reads.history),
+            p.Sessions: Read(reads.sessions),
+            p.Status: Read(reads.status),
+            p.Export: Read(reads.export),
+            p.Backup: Read(backups.backup),
+            p.Watch: Parks(registrar.watch),
+            p.Resolve: Change(service.resolve, self._resolves_known),
+            p.ResolveMany: Change(service.resolve_many),
+            p.Release: Change(service.release, lambda r: True),
+            p.ReleaseAll: Change(service.release_all, lambda r: True),
+            p.Rename: Change(service.rename),
+            p.Retire: Change(service.retire),
+            p.Revive: Change(service.revive),
+            p.SetMetadata: Change(service.set_metadata),
+            p.BreakLock: Change(service.break_lock),
+            p.Import: Parks(imports.receive),
+        }
+
+    def request(self, frame: bytes, answer: Answer) -> None:
+        """Do what a frame asks; `answer` is called now, after the turn's commit, or when a wait is over."""
+        try:
+            request = self._decode_request(frame)
+            who = self._session_of(request)
+            handler = self._table[type(request)]
+            if isinstance(handler, Change):
+                self._registrar.write(who, request, handler.verb, answer, light=handler.light(request))
+            elif isinstance(handler, Parks):
+                handler.verb(who, request, answer)
+            else:
+                answer({"ok": handler.verb(who, request)})
+        except RegistryError as error:
+            answer(outcome(error))
+        except (DatabaseError, StorageFault):
+            raise  # the disk: the app decides
+        except Exception:  # the outer loop of a request
+            log.exception("a request broke")
+            answer(outcome(InternalError("the daemon has a fault; it was logged, and nothing changed")))
+
+    def line(self, line: bytes) -> Any:
+        """Decode what a client says on its lifeline.
+
+        Raises: InvalidError, ProtocolVersionError.
+        """
+        try:
+            message = self._decode_line(line)
+        except ValidationError as error:
+            raise refusal(error, line) from None
+        if isinstance(message, (p.Hello, p.Resume)):
+            check_version(message.v)
+        return message
+
+    def _decode_request(self, frame: bytes) -> p.Request:
+        if len(frame) > p.FRAME_MAX_BYTES:
+            raise TooLargeError(f"frame: {len(frame)} bytes, at most {p.FRAME_MAX_BYTES} are allowed", field="frame")
+        try:
+            request: p.Request = self._decode(frame)
+        except ValidationError as error:
+            raise refusal(error, frame) from None
+        if request.v != p.PROTOCOL_VERSION:
+            check_version(request.v)
+        return request
+
+    def _session_of(self, request: p.Request) -> Session:
+        who = self._registrar.by_token(hash_token(request.token))
+        if who is None or who.presence is not Presence.ATTACHED:
+            raise SessionRequiredError("no session has this token, or its lifeline is down: say hello or resume first")
+        if request.epoch != self._epoch:
+            message = f"meant for epoch {request.epoch} of the daemon, this is {self._epoch}"
+            raise StaleEpochError(message, epoch=self._epoch)
+        return who
+
+    def _resolves_known(self, r: p.Resolve) -> bool:
+        return r.metadata is None and self._registrar.service.store.id_of(r.name) is not None
+
+
+@lru_cache(maxsize=8192)
+def hash_token(token: str) -> bytes:
+    """Return what is kept of a session's secret."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+def check_version(version: int) -> None:
+    """Refuse a client that speaks another protocol. Raises ProtocolVersionError."""
+    if not p.OLDEST_VERSION <= version <= p.PROTOCOL_VERSION:
+        message = f"the client speaks protocol {version}, this daemon {p.OLDEST_VERSION} to {p.PROTOCOL_VERSION}"
+        raise ProtocolVersionError(message, client=version, daemon=p.PROTOCOL_VERSION)
+
+
+def refusal(error: ValidationError, frame: bytes) -> RegistryError:
+    """Say which field of a frame was wrong, and how; another protocol version goes before everything."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    if first["type"] == "json_invalid":
+        return _not_json(first["msg"], frame)
+    try:
+        version = json.loads(frame).get("v", p.PROTOCOL_VERSION)
+        check_version(version if isinstance(version, int) else p.PROTOCOL_VERSION)
+    except ProtocolVersionError as older:
+        return older
+    except (ValueError, RecursionError, AttributeError):
+        pass
+    place = [str(part) for part in first["loc"]]
+    field = ".".join(place[1:]) or "op"
+    return InvalidError(f"{field}: {first['msg']}", field=field, reason=first["msg"])
+
+
+def _not_json(reason: str, frame: bytes) -> RegistryError:
+    """Name the field if Python's lenient parser can read the frame: lone surrogates, deep nesting."""
+    field = "frame"
+    try:
+        for key, value in json.loads(frame).items():
+            try:
+                json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+                if _depth(value) > 100:
+                    field = key
+            except ValueError:
+                field = key
+    except (ValueError, RecursionError, AttributeError):
+        pass
+    return InvalidError(f"{field}: {reason}", field=field, reason=reason)
+
+
+def _depth(value: Any) -> int:
+    depth = 0
+    level = [value]
+    while level:
+        depth += 1
+        level = [
+            item for v in level if isinstance(v, (dict, list)) for item in (v.values() if isinstance(v, dict) else v)
+        ]
+    return depth

@@ -1,0 +1,195 @@
+"""What each verb that changes an identity does; and the steps that all changing verbs share.
+
+The rules are those of service.py, which adds the verbs of locks to this class.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from madsci_registry import protocol as p
+from madsci_registry.errors import ConflictError, NameTakenError, NotFoundError
+from madsci_registry.names import check_metadata, check_name
+from madsci_registryd.clock import instant
+from madsci_registryd.locks import Queues, Session
+from madsci_registryd.store import Lock, Row, Store
+from madsci_registryd.transaction import Told, Tx
+from madsci_registryd.views import SessionOf, component, held_by
+
+TOKENS_A_TERM = 1 << 20
+
+
+class Identities:
+    """The verbs of names and ULIDs. Belongs to the thread that owns the database."""
+
+    def __init__(self, store: Store, queues: Queues, sessions: SessionOf, *, epoch: int, host: str) -> None:
+        self.store = store
+        self.queues = queues
+        self.session = sessions
+        self.epoch = epoch
+        self.host = host
+
+    def rename(self, tx: Tx, who: Session, r: p.Rename) -> dict[str, Any]:
+        """Give a component another name that nobody has; a held one only by force, its holder keeps it and is told."""
+        row = self.store.by_name(r.old)
+        if row is None or row.id != r.id:
+            moved = self.store.by_id(r.id)
+            if moved is not None and moved.name == r.new:
+                return self._unchanged(moved)  # a repeat
+        row = self._expect(r.old, r.id)
+        if r.new == r.old:
+            return self._unchanged(row)
+        check_name(r.new, "new")
+        taken = self.store.by_name(r.new)
+        if taken is not None:
+            raise NameTakenError(f"{r.new!r} is known already", name=r.new, id=taken.id)
+        if row.lock is not None and not r.force:
+            raise held_by(self.session, self.host, r.old, row, who, waiting=self.queues.count(r.old))
+        self.store.rename(row.id, r.old, r.new)
+        moved = self._get(r.new)
+        if row.lock is not None:
+            self._carry_lock(tx, row, row.lock, moved)
+        self._event(tx, who, "renamed", moved, old=r.old, forced=row.lock is not None)
+        tx.durable = True
+        tx.freed.append(r.old)
+        return {"component": self._component(r.new), "changed": True}
+
+    def _carry_lock(self, tx: Tx, old: Row, lock: Lock, new: Row) -> None:
+        token = lock.fencing_token
+        if token <= new.last_token:
+            token = self._next_token(tx, new.last_token)
+        self.store.move_lock_token(new.id, new.name, token)
+        line = {
+            "op": "renamed",
+            "name": old.name,
+            "to": new.name,
+            "instance": lock.owner.instance,
+            "old_token": lock.fencing_token,
+            "fencing_token": token,
+        }
+        tx.told.append(Told(lock.owner.session, line))
+
+    def retire(self, tx: Tx, who: Session, r: p.Retire) -> dict[str, Any]:
+        """Take a free name out of use, its ULID kept."""
+        row = self._expect(r.name, r.id)
+        if row.retired:
+            return self._unchanged(row)
+        if row.lock is not None:
+            raise held_by(self.session, self.host, r.name, row, who, waiting=self.queues.count(r.name))
+        if r.unseen_since is not None and row.last_seen >= r.unseen_since:
+            raise ConflictError(f"{r.name!r} was seen at {row.last_seen}", name=r.name, id=row.id)
+        self._set_retired(tx, who, row, True)
+        return {"component": self._component(r.name), "changed": True}
+
+    def revive(self, tx: Tx, who: Session, r: p.Revive) -> dict[str, Any]:
+        """Take a retired name back into use."""
+        row = self._expect(r.name, r.id)
+        if not row.retired:
+            return self._unchanged(row)
+        self._set_retired(tx, who, row, False)
+        return {"component": self._component(r.name), "changed": True}
+
+    def set_metadata(self, tx: Tx, who: Session, r: p.SetMetadata) -> dict[str, Any]:
+        """Replace and drop keys of a component's metadata."""
+        row = self._expect(r.name, r.id)
+        check_metadata(r.set, "set")
+        text = merged(row, r.set, r.unset)
+        if text == row.metadata:
+            return self._unchanged(row)
+        self._set_metadata(tx, who, row, text)
+        return {"component": self._component(r.name), "changed": True}
+
+    # imports (the verb is in imports.py)
+
+    def adopt(self, tx: Tx, who: Session, name: str, entry: dict[str, Any]) -> None:
+        """Make a component as an entry of registry.json has it; neither its name nor its id is known here."""
+        text = json.dumps(entry.get("metadata") or {}, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+        self.store.add_component(
+            entry["id"],
+            name,
+            entry["component_type"],
+            tx.now,
+            text,
+            created_at=instant(entry.get("created_at")),
+            last_seen=instant(entry.get("last_seen")),
+            workcell_id=entry.get("workcell_id"),
+        )
+        row = self._get(name)
+        why = {"component_type": row.component_type, "metadata": json.loads(text), "imported": True}
+        self._event(tx, who, "created", row, **why)
+        tx.durable = True
+
+    def retire_all_but(self, tx: Tx, who: Session, names: set[str], *, dry_run: bool) -> list[tuple[str, str, str]]:
+        """Retire what is in use and not among `names`; a held name is a conflict and stays."""
+        report = []
+        for row in self.store.components(limit=-1, retired=False):
+            if row.name in names:
+                continue
+            if row.lock is not None:
+                report.append((row.name, "conflict", "not in the file, but held: not retired"))
+                continue
+            if not dry_run:
+                self._set_retired(tx, who, row, True)
+            report.append((row.name, "retired", ""))
+        return report
+
+    # shared steps
+
+    def _set_retired(self, tx: Tx, who: Session, row: Row, retired: bool) -> None:
+        self.store.set_retired(row.id, retired)
+        self._event(tx, who, "retired" if retired else "revived", row)
+        tx.durable = True
+
+    def _set_metadata(self, tx: Tx, who: Session, row: Row, text: str) -> None:
+        self.store.set_metadata(row.id, text)
+        self._event(tx, who, "metadata", row, metadata=json.loads(text))
+        tx.durable = True
+
+    def _get(self, name: str) -> Row:
+        row = self.store.by_name(name)
+        if row is None:
+            raise self.not_found(name)
+        return row
+
+    def _expect(self, name: str, id: str) -> Row:
+        row = self._get(name)
+        if row.id != id:
+            raise ConflictError(f"{name!r} is {row.id} now, not {id}", name=name, id=row.id)
+        return row
+
+    def not_found(self, name: str) -> NotFoundError:
+        """Say that no component has this name, and where the one went that had it."""
+        before = self.store.name_row(name)
+        if before is not None and before.renamed_id is not None:
+            message = f"{name!r} was renamed to {before.renamed_to!r}"
+            return NotFoundError(message, name=name, renamed_to=before.renamed_to, id=before.renamed_id)
+        return NotFoundError(f"no component is called {name!r}", name=name)
+
+    def _component(self, name: str) -> dict[str, Any]:
+        return component(self.session, self.host, self._get(name), self.queues.count(name))
+
+    def _unchanged(self, row: Row) -> dict[str, Any]:
+        return {"component": self._component(row.name), "changed": False}
+
+    def _store_session(self, tx: Tx, who: Session) -> None:
+        if not who.stored and who not in tx.stored:
+            self.store.add_session(who)
+            tx.stored.append(who)
+
+    def _event(self, tx: Tx, who: Session, kind: str, row: Row, **why: Any) -> None:
+        self.store.add_event(kind, tx.now, name=row.name, id=row.id, uid=who.uid, pid=who.pid, session=who.id, why=why)
+
+    def _next_token(self, tx: Tx, last: int) -> int:
+        token = max(last + 1, self.epoch * TOKENS_A_TERM)
+        if token // TOKENS_A_TERM != self.epoch:
+            tx.durable = True
+        return token
+
+
+def merged(row: Row | None, add: dict[str, Any], drop: tuple[str, ...] | list[str]) -> str:
+    """Return a component's metadata with keys replaced and dropped, as JSON text; checked if it differs."""
+    check_metadata(add)
+    old = json.loads(row.metadata) if row else {}
+    new = {k: v for k, v in (old | add).items() if k not in drop}
+    return row.metadata if row is not None and new == old else check_metadata(new)

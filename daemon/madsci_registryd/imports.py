@@ -1,0 +1,140 @@
+"""Imports: pieces gathered in memory, applied whole in one transaction, reported entry by entry.
+
+What is here already wins: an import adds names, it never rebinds one or changes what is known. With `replace`, names
+that the file lacks are retired. Limits for new names do not bind what an import brings in: it stays resolvable.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from madsci_registry import protocol as p
+from madsci_registry.errors import InvalidError, RegistryError, TooLargeError
+from madsci_registry.names import NAME_MAX_BYTES, check_metadata, is_ulid
+from madsci_registry.types import COMPONENT_TYPES
+from madsci_registryd.batch import Write
+from madsci_registryd.clock import instant
+from madsci_registryd.locks import Session
+from madsci_registryd.registrar import Answer, Registrar
+from madsci_registryd.service import Service
+from madsci_registryd.transaction import Tx
+
+UPLOAD_MAX_BYTES = 64 << 20
+"""All pieces of one import: 200,000 entries of 300 bytes, the quota of names."""
+REPORT_PAGE = 2000
+"""Lines of a report in one frame: a line is at most 255 bytes of name and 200 of reason."""
+UPLOADS_A_SESSION = 4
+
+Line = tuple[str, str, str]
+
+
+class Upload:
+    """The pieces of one import, then its report."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, Any]] = []
+        self.size_bytes = 0
+        self.report: list[Line] | None = None
+
+    def add(self, entries: list[tuple[str, Any]]) -> None:
+        self.size_bytes += sum(len(json.dumps(entry)) for entry in entries)
+        if self.size_bytes > UPLOAD_MAX_BYTES:
+            raise TooLargeError(f"entries: more than {UPLOAD_MAX_BYTES} bytes in one import", field="entries")
+        self.entries += entries
+
+    def page(self, start: int) -> dict[str, Any]:
+        assert self.report is not None
+        end = start + REPORT_PAGE
+        return {"report": self.report[start:end], "cursor": end if end < len(self.report) else None}
+
+
+class Imports:
+    """The `import` verb."""
+
+    def __init__(self, registrar: Registrar) -> None:
+        self._registrar = registrar
+        self._service = registrar.service
+
+    def receive(self, who: Session, r: p.Import, answer: Answer) -> None:
+        """Take a piece, and apply the import with the last one; or show more of a report."""
+        key = f"import {r.upload}"
+        if r.report_from is not None:
+            upload = who.uploads.get(key)
+            if upload is None or upload.report is None:
+                raise InvalidError("upload: no report under this name", field="upload", reason="unknown")
+            answer({"ok": upload.page(r.report_from)})
+            return
+        if key not in who.uploads and len(who.uploads) >= UPLOADS_A_SESSION:
+            who.uploads.pop(next(iter(who.uploads)))
+        upload = who.uploads.setdefault(key, Upload())
+        upload.add(r.entries)
+        if not r.last:
+            answer({"ok": {"report": [], "cursor": None}})
+            return
+
+        def done(result: Any) -> None:
+            if isinstance(result, RegistryError):
+                who.uploads.pop(key, None)
+                answer({"error": result.to_wire()})
+            else:
+                upload.report, upload.entries = result, []
+                answer({"ok": upload.page(0)})
+
+        def do(tx: Tx) -> list[Line]:
+            return apply(self._service, tx, who, upload.entries, replace=r.mode == "replace", dry_run=r.dry_run)
+
+        self._registrar.submit(Write(do, done))
+
+
+def apply(
+    service: Service, tx: Tx, who: Session, entries: list[tuple[str, Any]], *, replace: bool, dry_run: bool
+) -> list[Line]:
+    """Add what is new of `entries` and say of each what became of it: (name, outcome, reason)."""
+    store = service.store
+    report: list[Line] = []
+    seen: set[str] = set()
+    for name, entry in entries:
+        reason = entry_fault(name, entry) or ("twice in this import" if name in seen else "")
+        seen.add(name)
+        if reason:
+            report.append((name, "invalid", reason))
+            continue
+        row, other = store.by_name(name), store.by_id(entry["id"])
+        if row is not None and row.id == entry["id"]:
+            report.append((name, "same", ""))
+        elif row is not None:
+            report.append((name, "conflict", f"known here as {row.id}"))
+        elif other is not None:
+            report.append((name, "conflict", f"{entry['id']} is called {other.name!r} here"))
+        else:
+            if not dry_run:
+                service.adopt(tx, who, name, entry)
+            report.append((name, "added", ""))
+    if replace:
+        report += service.retire_all_but(tx, who, seen, dry_run=dry_run)
+    return report
+
+
+def entry_fault(name: str, entry: Any) -> str:
+    """Say what is wrong with an entry of registry.json, '' where nothing is."""
+    if not name or len(name.encode("utf-8", "replace")) > 4 * NAME_MAX_BYTES or "\0" in name:
+        return "name is empty, too long or holds a NUL"
+    if not isinstance(entry, dict):
+        return "is no object"
+    if not isinstance(entry.get("id"), str) or not is_ulid(entry["id"]):
+        return f"id is no ULID: {str(entry.get('id'))[:40]!r}"
+    if entry.get("component_type") not in COMPONENT_TYPES:
+        return f"component_type is unknown: {str(entry.get('component_type'))[:40]!r}"
+    for key in ("created_at", "last_seen"):
+        if entry.get(key) is not None and instant(entry[key]) is None:
+            return f"{key} is no instant: {str(entry[key])[:40]!r}"
+    try:
+        check_metadata(entry.get("metadata") or {})
+    except TooLargeError:
+        pass  # limits bind what is new
+    except RegistryError as error:
+        return error.message[:200]
+    if not isinstance(entry.get("workcell_id"), (str, type(None))):
+        return "workcell_id is no text"
+    return ""

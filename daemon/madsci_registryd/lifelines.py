@@ -1,0 +1,413 @@
+"""Lifelines: who a client is by the kernel's word, its session, and the moment at which its process dies.
+
+Rules
+- uid, gid, pid and pidfd come from the socket, never from the client. The secret token proves that a resuming client
+  is the one that said hello, and only together with the same uid and the same process.
+- A session has at most one lifeline; a second one by the same process replaces the first.
+- The death of the process ends the session at once, whoever else (a forked child) has the connection open; the end of
+  the connection alone lets it wait for a resume.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+from contextlib import suppress
+from typing import Any
+
+import ulid
+
+from madsci_registry import protocol as p
+from madsci_registry.errors import (
+    InvalidError,
+    PermissionDeniedError,
+    QuotaError,
+    RegistryError,
+    SessionRequiredError,
+)
+from madsci_registryd import holders
+from madsci_registryd.batch import Write
+from madsci_registryd.clock import iso
+from madsci_registryd.core import Core
+from madsci_registryd.handlers import hash_token
+from madsci_registryd.locks import Presence, Session
+from madsci_registryd.loop import READ, WRITE, Loop, Turn
+from madsci_registryd.sockets import ListeningPath
+
+log = logging.getLogger(__name__)
+
+HELLO_S = 2.0
+"""How long a new connection may stay silent."""
+UNREAD_MAX_BYTES = 1 << 20
+"""What a client may leave unread before its connection is closed; it resumes and is told what it holds."""
+ACCEPT_PAUSE_S = 0.1
+ACCEPTS_A_TURN = 64
+
+
+class Lifelines:
+    """The listener, the connections, and the pidfds of all sessions. One thread."""
+
+    def __init__(
+        self,
+        path: ListeningPath,
+        loop: Loop,
+        core: Core,
+        *,
+        version: str,
+        sessions_per_uid: int,
+    ) -> None:
+        self.path = path
+        self.loop = loop
+        self._timers = core.timers
+        self._clock = core.clock
+        self._registrar = core.registrar
+        self._decode = core.handlers.line
+        self._epoch = core.epoch
+        self._version = version
+        self._sessions_per_uid = sessions_per_uid
+        self._listener: socket.socket | None = None
+        self._lines: set[Lifeline] = set()
+        self._of_session: dict[str, Lifeline] = {}
+        self._pidfds: dict[str, int] = {}
+        self._boot_id = holders.boot_id()
+        self._namespace = holders.pid_namespace()
+        self._registrar.tell = self.tell
+        self._registrar.forget = self.forget
+        self._registrar.is_dead = self.is_dead
+
+    # listening
+
+    def bind(self) -> None:
+        """Listen at the path; again, where its socket file went."""
+        self._stop_listening()
+        self._listener = self.path.listen()
+        self.loop.watch(self._listener.fileno(), Turn.LIFELINES, self._accept)
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self.loop.unwatch(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+
+    def _accept(self, events: int) -> None:
+        assert self._listener is not None
+        for _ in range(ACCEPTS_A_TURN):
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:  # out of descriptors: the connection waits in the backlog
+                log.warning("cannot accept a connection: %s", error)
+                self._pause_listening(self._listener)
+                return
+            sock.setblocking(False)
+            line = Lifeline(sock, self)
+            self._lines.add(line)
+            self.loop.watch(sock.fileno(), Turn.LIFELINES, line.ready)
+            self._timers.after(HELLO_S, line.check_hello)
+
+    def _pause_listening(self, listener: socket.socket) -> None:
+        def again() -> None:
+            if listener is self._listener:
+                self.loop.watch(listener.fileno(), Turn.LIFELINES, self._accept)
+
+        self.loop.unwatch(listener.fileno())
+        self._timers.after(ACCEPT_PAUSE_S, again)
+
+    @property
+    def is_quiet(self) -> bool:
+        """True: no connection is up."""
+        return not self._lines
+
+    def close(self) -> None:
+        """Tell all clients that the daemon stops, and close."""
+        self._stop_listening()
+        self.path.remove()
+        for line in list(self._lines):
+            line.send({"op": "closing"})
+            line.close()
+
+    def stop_if_quiet(self) -> bool:
+        """Stop listening, then look: True where nobody came in between; else listen on."""
+        self._accept(0)
+        if not self.is_quiet:
+            return False
+        self._stop_listening()
+        self.path.remove()
+        return True
+
+    # sessions
+
+    def watch_process(self, session: Session, pidfd: int) -> None:
+        """End a session when the process of `pidfd` (now ours) dies."""
+        old = self._pidfds.pop(session.id, None)
+        if old is not None:
+            self.loop.unwatch(old)
+            os.close(old)
+        self._pidfds[session.id] = pidfd
+        self.loop.watch(pidfd, Turn.DEATHS, lambda events: self._died(session, pidfd))
+
+    def _died(self, session: Session, pidfd: int) -> None:
+        self.loop.unwatch(pidfd)  # it stays readable for ever
+        self._registrar.end_session(session, "its process died")
+
+    def is_dead(self, session: Session) -> bool:
+        pidfd = self._pidfds.get(session.id)
+        return pidfd is not None and holders.is_dead(pidfd)
+
+    def tell(self, session: str, message: dict[str, Any]) -> None:
+        """Send a line to a session; one that is not attached learns at its resume what it holds."""
+        line = self._of_session.get(session)
+        if line is not None:
+            line.send(message)
+
+    def forget(self, session: Session) -> None:
+        """Close the connection and the pidfd of a session that has ended."""
+        line = self._of_session.get(session.id)
+        if line is not None:
+            line.close()
+        pidfd = self._pidfds.pop(session.id, None)
+        if pidfd is not None:
+            self.loop.unwatch(pidfd)
+            os.close(pidfd)
+
+    # what clients say
+
+    def said(self, line: Lifeline, text: bytes) -> None:
+        """Do what a line asks; a line that is refused before the hello ends its connection."""
+        try:
+            message = self._decode(text)
+            if isinstance(message, (p.Hello, p.Resume)):
+                if line.session is not None:
+                    raise InvalidError("op: this connection has a session already", field="op", reason="twice")
+                self._begin(line, message)
+            elif line.session is None:
+                raise SessionRequiredError("say hello or resume first")
+            else:
+                self._act(line.session, message)
+        except RegistryError as error:
+            log.info("refused a line: %s", error)
+            line.send({"op": "refused", "error": error.to_wire()})
+            if line.session is None:
+                line.close()
+
+    def _act(self, session: Session, message: Any) -> None:
+        if isinstance(message, p.Cancel):
+            self._registrar.cancel(session, message.seq)
+        elif isinstance(message, p.Bye):
+            self._registrar.end_session(session, "it said bye")
+        elif isinstance(message, p.LifelineRelease):
+            self._release(session, message)
+
+    def _release(self, session: Session, message: p.LifelineRelease) -> None:
+        service = self._registrar.service
+        if message.name is None:
+            write = Write(lambda tx: service.release_instance(tx, session, message.instance), _ignore, light=True)
+        else:
+            request = p.Release(
+                token="",
+                epoch=0,
+                seq=0,
+                name=message.name,
+                instance=message.instance,
+                fencing_token=message.fencing_token or 0,
+            )
+            write = Write(lambda tx: service.release(tx, session, request), _ignore, light=True)
+        self._registrar.submit(write)
+
+    def _begin(self, line: Lifeline, message: p.Hello | p.Resume) -> None:
+        try:
+            peer = holders.peer_of(line.sock)
+        except ProcessLookupError:
+            line.close()
+            return
+        try:
+            self._admit(peer)
+            session = self._resumed(peer, message) if isinstance(message, p.Resume) else None
+            if session is not None:
+                self._attach(line, session, peer, token=None)
+                return
+            token = message.token if isinstance(message, p.Resume) else secrets.token_hex(32)
+            session = self._new_session(peer, token, message.client)
+            self._registrar.add_session(session)
+        except BaseException:
+            if peer.pidfd is not None:
+                os.close(peer.pidfd)
+            raise
+        if isinstance(message, p.Resume):
+            self._reassert(line, session, peer, message)
+        else:
+            self._attach(line, session, peer, token=token)
+
+    def _admit(self, peer: holders.Peer) -> None:
+        if not peer.is_mapped or peer.uid not in (0, os.geteuid()):
+            message = f"uid {peer.uid} may not use this registry, which belongs to uid {os.geteuid()}"
+            raise PermissionDeniedError(message, uid=peer.uid, path=str(self.path.path))
+        count = sum(s.uid == peer.uid for s in self._registrar.sessions.values())
+        if count >= self._sessions_per_uid:
+            message = f"uid {peer.uid} has {count} sessions already"
+            raise QuotaError(message, limit=self._sessions_per_uid, what="sessions")
+
+    def _resumed(self, peer: holders.Peer, message: p.Resume) -> Session | None:
+        """Find the session that is resumed; None where a holder may re-assert what an I/O error took."""
+        session = self._registrar.by_token(hash_token(message.token))
+        if session is None:
+            if message.holds and self._clock.monotonic() < self._registrar.service.no_grants_before:
+                return None
+            raise SessionRequiredError("the session is over: what it held may be another's now; say hello")
+        same_process = (
+            peer.pidfd_inode == session.pidfd_inode
+            if peer.pidfd_inode and session.pidfd_inode
+            else (peer.pid, peer.start_time) == (session.pid, session.start_time)
+        )
+        if peer.uid != session.uid or not (same_process or session.proof == "connection"):
+            raise PermissionDeniedError("the session belongs to another process", uid=peer.uid)
+        return session
+
+    def _new_session(self, peer: holders.Peer, token: str, client: str) -> Session:
+        return Session(
+            id=str(ulid.ULID()),
+            token_hash=hash_token(token),
+            uid=peer.uid,
+            gid=peer.gid,
+            pid=peer.pid,
+            proof=peer.proof,
+            boot_id=self._boot_id,
+            pid_namespace=self._namespace,
+            started_at=iso(self._clock.wall()),
+            start_time=peer.start_time,
+            pidfd_inode=peer.pidfd_inode,
+            client=client,
+            comm=holders.comm(peer.pid),
+            command_line=holders.command_line(peer.pid),
+        )
+
+    def _reassert(self, line: Lifeline, session: Session, peer: holders.Peer, message: p.Resume) -> None:
+        service = self._registrar.service
+
+        def done(result: Any) -> None:
+            self._attach(line, session, peer, token=None)
+
+        self._registrar.submit(Write(lambda tx: service.reassert(tx, session, message.holds), done))
+
+    def _attach(self, line: Lifeline, session: Session, peer: holders.Peer, *, token: str | None) -> None:
+        if line.is_closed or session.presence is Presence.ENDED:
+            if peer.pidfd is not None:
+                os.close(peer.pidfd)
+            line.close()
+            return
+        earlier = self._of_session.pop(session.id, None)
+        if earlier is not None:
+            earlier.session = None
+            earlier.close()
+        if peer.pidfd is not None:
+            self.watch_process(session, peer.pidfd)
+        session.proof = peer.proof
+        line.session = session
+        self._of_session[session.id] = line
+        self._registrar.attach(session)
+        held = self._registrar.service.store.locks_of(session.id)
+        line.send(
+            {
+                "op": "welcome",
+                "v": p.PROTOCOL_VERSION,
+                "session": session.id,
+                "epoch": self._epoch,
+                "daemon": self._version,
+                "held": [{"name": n, "instance": i, "fencing_token": t} for n, i, t in held],
+            }
+            | ({"token": token} if token else {})
+        )
+
+    def closed(self, line: Lifeline) -> None:
+        """A connection ended: its session may resume, unless its process is dead."""
+        self._lines.discard(line)
+        session = line.session
+        if session is None or self._of_session.get(session.id) is not line:
+            return
+        del self._of_session[session.id]
+        if session.id not in self._registrar.sessions:
+            return
+        if self.is_dead(session):
+            self._registrar.end_session(session, "its process died")
+        self._registrar.drop(session)
+
+
+class Lifeline:
+    """One connection: lines in, lines out."""
+
+    def __init__(self, sock: socket.socket, lifelines: Lifelines) -> None:
+        self.sock = sock
+        self.session: Session | None = None
+        self.is_closed = False
+        self._lifelines = lifelines
+        self._in = bytearray()
+        self._out = bytearray()
+
+    def ready(self, events: int) -> None:
+        if events & WRITE:
+            self._flush()
+        if events & ~WRITE and not self.is_closed:
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            data = self.sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        self._in += data
+        while not self.is_closed and (end := self._in.find(b"\n")) >= 0:
+            text = bytes(self._in[:end])
+            del self._in[: end + 1]
+            self._lifelines.said(self, text)
+        if len(self._in) > p.LINE_MAX_BYTES:
+            self.send({"op": "refused", "error": InvalidError("line: too long", field="line").to_wire()})
+            self.close()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a line; a client that does not read is cut off."""
+        if self.is_closed:
+            return
+        self._out += p.encode(message) + b"\n"
+        self._flush()
+        if len(self._out) > UNREAD_MAX_BYTES + p.LINE_MAX_BYTES:
+            self.close()
+
+    def _flush(self) -> None:
+        if self.is_closed:
+            return
+        with suppress(BlockingIOError):
+            try:
+                while self._out:
+                    del self._out[: self.sock.send(self._out)]
+            except BrokenPipeError:
+                self._out.clear()
+            except ConnectionResetError:
+                self._out.clear()
+        self._lifelines.loop.change(self.sock.fileno(), READ | WRITE if self._out else READ)
+
+    def check_hello(self) -> None:
+        if self.session is None:
+            self.close()
+
+    def close(self) -> None:
+        """Cut the connection, for whoever else has it open too. Idempotent."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._lifelines.loop.unwatch(self.sock.fileno())
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+        self._lifelines.closed(self)
+
+
+def _ignore(result: Any) -> None:
+    """A release on the lifeline is not answered."""

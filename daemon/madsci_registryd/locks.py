@@ -1,0 +1,225 @@
+"""Who may take a name, who is next, and when a lock ends. Pure: no socket, no SQL, no clock; time is an argument.
+
+Rules
+1. A lock belongs to an owner: one instance of one session. The owner asking again has the same lock.
+2. A name is granted when nobody holds it and nobody is ahead in its queue. First come, first served.
+3. Nobody is granted a name while they cannot hear of it: a waiter whose session is detached keeps its place, for
+   RENEW_S, but the name goes to the first who is there.
+4. A session ends when its process is dead; RESUME_S after its lifeline ended while the daemon was up; GRACE_S after a
+   restart of the daemon if its process cannot be proven alive. A process proven alive keeps its session over a
+   restart for as long as it lives. Nothing else ends a session but its own bye.
+5. A lock ends with its session, by its owner's release, or by an operator.
+
+Theory of operation
+A claim is one request for a lock that cannot be answered at once. It moves through this table and nowhere else;
+PENDING is the time in which something outside (a file, the lab) is asked between the decision and the commit. A name
+with a pending claim is as good as held: nobody else is granted it. Where nothing outside is asked, a claim passes
+through PENDING within one transaction.
+
+    state     event      next
+    WAITING   turn       PENDING     the name is free and the claim is the first
+    PENDING   confirm    GRANTED     outside agreed, or nobody had to be asked; the grant is committed
+    PENDING   refuse     REFUSED     outside said no
+    WAITING   withdraw   DROPPED     gave up, died, or did not renew in time
+    PENDING   withdraw   DROPPED     the same; what was done outside is undone by who did it
+
+The database says who holds what. This module's queues say who waits; they are changed after a commit only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NamedTuple
+
+from madsci_registry.protocol import GRACE_S, RENEW_S, RESUME_S
+from madsci_registry.types import Proof
+
+
+class Owner(NamedTuple):
+    """Whose a lock is: an instance (one RegistryClient) of a session (one process)."""
+
+    session: str
+    instance: str
+
+
+class Verdict(Enum):
+    """What a request for a lock gets."""
+
+    GRANT = "grant"
+    SAME = "same"  # the owner has it already
+    QUEUE = "queue"
+    HELD = "held"
+
+
+def decide(holder: Owner | None, asker: Owner, *, ahead: int, may_wait: bool) -> Verdict:
+    """Judge a request for a lock: `ahead` claims of others stand before it; `may_wait`: it would rather wait."""
+    if holder == asker:
+        return Verdict.SAME
+    if holder is None and ahead == 0:
+        return Verdict.GRANT
+    return Verdict.QUEUE if may_wait else Verdict.HELD
+
+
+class ClaimState(Enum):
+    """Where a claim stands in the table above."""
+
+    WAITING = "waiting"
+    PENDING = "pending"
+    GRANTED = "granted"
+    REFUSED = "refused"
+    DROPPED = "dropped"
+
+
+class ClaimEvent(Enum):
+    """What moves a claim."""
+
+    TURN = "turn"
+    CONFIRM = "confirm"
+    REFUSE = "refuse"
+    WITHDRAW = "withdraw"
+
+
+TRANSITIONS: dict[tuple[ClaimState, ClaimEvent], ClaimState] = {
+    (ClaimState.WAITING, ClaimEvent.TURN): ClaimState.PENDING,
+    (ClaimState.PENDING, ClaimEvent.CONFIRM): ClaimState.GRANTED,
+    (ClaimState.PENDING, ClaimEvent.REFUSE): ClaimState.REFUSED,
+    (ClaimState.WAITING, ClaimEvent.WITHDRAW): ClaimState.DROPPED,
+    (ClaimState.PENDING, ClaimEvent.WITHDRAW): ClaimState.DROPPED,
+}
+
+
+@dataclass(eq=False)
+class Claim:
+    """A request for the lock of `name` that is not answered yet, known by (session, seq)."""
+
+    name: str
+    owner: Owner
+    seq: int
+    request: Any
+    """What to do when its turn comes; opaque here."""
+    answer_at: float = math.inf
+    """Monotonic instant by which its present request wants an answer."""
+    state: ClaimState = ClaimState.WAITING
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.owner.session, self.seq
+
+    def move(self, event: ClaimEvent) -> None:
+        """Go to the next state. Raises KeyError where the table has none: a fault of ours."""
+        self.state = TRANSITIONS[self.state, event]
+
+    def finish(self, event: ClaimEvent) -> None:
+        """Go to the end that CONFIRM or REFUSE leads to, through PENDING where nobody outside had to be asked."""
+        if self.state is ClaimState.WAITING:
+            self.move(ClaimEvent.TURN)
+        self.move(event)
+
+
+class Queues:
+    """All claims that wait or are pending, name by name in the order of their arrival."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, deque[Claim]] = {}
+        self._by_key: dict[tuple[str, int], Claim] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __iter__(self) -> Iterator[Claim]:
+        return iter(list(self._by_key.values()))
+
+    def of_name(self, name: str) -> tuple[Claim, ...]:
+        """List the claims of a name, first come first."""
+        return tuple(self._by_name.get(name, ()))
+
+    def count(self, name: str) -> int:
+        return len(self._by_name.get(name, ()))
+
+    def find(self, session: str, seq: int) -> Claim | None:
+        return self._by_key.get((session, seq))
+
+    def of_session(self, session: str) -> list[Claim]:
+        return [c for c in self._by_key.values() if c.owner.session == session]
+
+    def add(self, claim: Claim) -> None:
+        """Put a claim at the end of its name's queue."""
+        assert claim.key not in self._by_key
+        self._by_name.setdefault(claim.name, deque()).append(claim)
+        self._by_key[claim.key] = claim
+
+    def remove(self, claim: Claim) -> None:
+        """Take a claim out, wherever it stands; one that is gone already is no fault."""
+        if self._by_key.get(claim.key) is not claim:
+            return
+        del self._by_key[claim.key]
+        queue = self._by_name[claim.name]
+        queue.remove(claim)
+        if not queue:
+            del self._by_name[claim.name]
+
+    def place(self, claim: Claim) -> int:
+        """Say at which place a claim stands, 1 is next."""
+        return self.of_name(claim.name).index(claim) + 1
+
+
+def next_claim(claims: tuple[Claim, ...], may_hear: Callable[[Claim], bool]) -> Claim | None:
+    """Choose who gets a free name: nobody while a claim is pending, else the first who can be told."""
+    if any(c.state is ClaimState.PENDING for c in claims):
+        return None
+    return next((c for c in claims if may_hear(c)), None)
+
+
+class Presence(Enum):
+    """How a session stands to the daemon."""
+
+    ATTACHED = "attached"  # its lifeline is up
+    DROPPED = "dropped"  # its lifeline ended while this daemon was up
+    DETACHED = "detached"  # left by an earlier daemon, not resumed yet
+    ENDED = "ended"
+
+
+@dataclass(eq=False)
+class Session:
+    """One client process: who the kernel says it is, and how it stands. Changed by the daemon's loop only."""
+
+    id: str
+    token_hash: bytes
+    uid: int
+    gid: int
+    pid: int | None
+    proof: Proof
+    boot_id: str
+    pid_namespace: int
+    started_at: str
+    start_time: int | None = None
+    pidfd_inode: int | None = None
+    client: str = ""
+    comm: str | None = None
+    command_line: str | None = None
+    presence: Presence = Presence.ATTACHED
+    since: float = 0.0
+    """Monotonic instant of the last change of presence."""
+    stored: bool = False
+    """It has a row in the database, committed."""
+    withdrawn: deque[int] = field(default_factory=lambda: deque(maxlen=1000))
+    """The last requests that it cancelled: a cancel can overtake the request that it withdraws."""
+    uploads: dict[str, Any] = field(default_factory=dict)
+    """Imports and backups under way, by their name."""
+
+    def ends_at(self) -> float:
+        """Say when (monotonic) the session ends if nothing happens; infinity for never. Rule 4."""
+        if self.presence is Presence.DROPPED:
+            return self.since + RESUME_S
+        if self.presence is Presence.DETACHED and self.proof == "connection":
+            return self.since + GRACE_S
+        return math.inf
+
+
+def claim_expires_at(claim: Claim) -> float:
+    """Say when a waiter that is not heard of again loses its place."""
+    return claim.answer_at + RENEW_S

@@ -1,0 +1,46 @@
+"""From older schemas to the present one, forward only.
+
+Rules: `user_version` is the schema's version. A new database gets schema.sql. An older one gets each missing step in
+one transaction that also records the version, after a backup beside it. A newer one is refused and left as it is. The
+steps together end in exactly schema.sql (a test compares), so schema.sql is changed with the step that leads to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.resources import files
+
+import apsw
+
+VERSION = 1
+APPLICATION_ID = 0x4D526567
+"""'MReg', in the file's header: tells our databases from foreign ones."""
+
+STEPS: dict[int, Callable[[apsw.Connection], None]] = {}
+"""Step n leads from version n-1 to n. Version 1 is the first."""
+
+
+def schema() -> str:
+    """Return the text of schema.sql."""
+    return files("madsci_registryd").joinpath("schema.sql").read_text(encoding="utf-8")
+
+
+def create(db: apsw.Connection) -> None:
+    """Make the present schema in an empty database, in one transaction."""
+    with db:
+        db.execute(schema())
+        db.pragma("application_id", APPLICATION_ID)
+        db.pragma("user_version", VERSION)
+
+
+def migrate(db: apsw.Connection, backup: Callable[[int], None]) -> int:
+    """Bring an older database to VERSION and return the version that it had; calls `backup` with that one first."""
+    found = int(str(db.pragma("user_version")))
+    if found < VERSION:
+        backup(found)
+        with db:
+            for version in range(found + 1, VERSION + 1):
+                STEPS[version](db)
+            db.pragma("user_version", VERSION)
+        db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+    return found

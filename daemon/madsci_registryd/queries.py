@@ -1,0 +1,82 @@
+"""Named SQL: every statement that the store runs, and nothing else. The tables are explained in schema.sql."""
+
+_COMPONENT = """
+    SELECT c.id, c.name, c.component_type, c.retired, c.created_at, c.last_seen, c.metadata,
+           c.created_session, c.created_seq, n.last_token, c.workcell_id,
+           l.session_id, l.instance, l.fencing_token, l.acquired_at, l.seq
+      FROM components c JOIN names n ON n.name = c.name LEFT JOIN locks l ON l.id = c.id
+"""
+COMPONENT_BY_NAME = _COMPONENT + " WHERE c.name = ?"
+COMPONENT_BY_ID = _COMPONENT + " WHERE c.id = ?"
+LIST = (
+    _COMPONENT
+    + """
+     WHERE c.name > :cursor
+       AND (:pattern IS NULL OR c.name GLOB :pattern)
+       AND (:component_type IS NULL OR c.component_type = :component_type)
+       AND (:retired IS NULL OR c.retired = :retired)
+       AND (:held IS NULL OR (l.id IS NOT NULL) = :held)
+     ORDER BY c.name LIMIT :limit"""
+)
+ID_BY_NAME = "SELECT id FROM components WHERE name = ?"
+NAME_ROW = """
+    SELECT n.last_token, n.renamed_id, c.name FROM names n LEFT JOIN components c ON c.id = n.renamed_id
+     WHERE n.name = ?"""
+ADD_NAME = "INSERT INTO names (name) VALUES (?) ON CONFLICT DO NOTHING"
+ADD_COMPONENT = """
+    INSERT INTO components (id, name, component_type, retired, created_at, last_seen, metadata, workcell_id,
+                            created_session, created_seq)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+SET_METADATA = "UPDATE components SET metadata = ? WHERE id = ?"
+SET_RETIRED = "UPDATE components SET retired = ? WHERE id = ?"
+SET_LAST_SEEN = "UPDATE components SET last_seen = ? WHERE id = ?"
+SET_NAME = "UPDATE components SET name = ? WHERE id = ?"
+SET_RENAMED = "UPDATE names SET renamed_id = ? WHERE name = ?"
+RAISE_TOKEN = "UPDATE names SET last_token = max(last_token, ?) WHERE name = ?"
+
+ADD_LOCK = "INSERT INTO locks (id, session_id, instance, fencing_token, acquired_at, seq) VALUES (?, ?, ?, ?, ?, ?)"
+SET_LOCK_TOKEN = "UPDATE locks SET fencing_token = ? WHERE id = ?"
+DROP_LOCK = "DELETE FROM locks WHERE id = ?"
+LOCKS_OF_SESSION = """
+    SELECT c.name, l.instance, l.fencing_token FROM locks l JOIN components c ON c.id = l.id
+     WHERE l.session_id = ? ORDER BY c.name"""
+LOCKED_NAME_BY_SEQ = """
+    SELECT c.name FROM locks l JOIN components c ON c.id = l.id WHERE l.session_id = ? AND l.seq = ?"""
+HELD_BY_SESSION = "SELECT session_id, count(*) FROM locks GROUP BY session_id"
+
+SESSIONS = """
+    SELECT id, token_hash, uid, gid, pid, start_time, pidfd_inode, boot_id, pid_namespace, client, started_at
+      FROM sessions"""
+ADD_SESSION = """
+    INSERT INTO sessions (id, token_hash, uid, gid, pid, start_time, pidfd_inode, boot_id, pid_namespace, client,
+                          started_at)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
+DROP_SESSION = "DELETE FROM sessions WHERE id = ?"
+
+ADD_EVENT = """
+    INSERT INTO events (revision, at, kind, name, id, uid, pid, session, why) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_EVENT = "SELECT revision, at, kind, name, id, uid, pid, session, why FROM events"
+EVENTS = _EVENT + " WHERE revision > ? ORDER BY revision LIMIT ?"
+EVENTS_OF = (
+    _EVENT
+    + """
+     WHERE revision > :after AND (
+           revision IN (SELECT revision FROM events WHERE name = :name)
+        OR revision IN (SELECT revision FROM events WHERE id = :id))
+     ORDER BY revision LIMIT :limit"""
+)
+LAST_REVISION = "SELECT coalesce(max(revision), 0) FROM events"
+NTH_LAST_REVISION = "SELECT revision FROM events ORDER BY revision DESC LIMIT 1 OFFSET ?"
+TRIMMABLE = """
+    SELECT max(revision) FROM (
+        SELECT revision FROM events WHERE revision > ? AND (at < ? OR revision <= ?) ORDER BY revision LIMIT ?)"""
+TRIM_LOCK_EVENTS = """
+    DELETE FROM events
+     WHERE revision > ? AND revision <= ? AND kind IN ('granted', 'released', 'ended', 'broken')"""
+
+GET_META = "SELECT value FROM meta WHERE key = ?"
+SET_META = "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+HIGHEST_TOKEN = "SELECT coalesce(max(last_token), 0) FROM names"
+COUNTS = """
+    SELECT (SELECT count(*) FROM components WHERE retired = 0), (SELECT count(*) FROM components WHERE retired = 1),
+           (SELECT count(*) FROM locks)"""

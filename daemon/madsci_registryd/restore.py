@@ -1,0 +1,225 @@
+"""`verify` and `restore`: what may be done to a registry while no daemon serves it.
+
+A restore is the backup plus whatever the live database and registry.json know beyond it. Identities are never
+unlearnt: where the live database is whole, it is the base and the backup adds to it; where it is not, it is put aside
+and the backup is the base, to which is added what can still be read elsewhere. Where one name has two ULIDs, both stay
+known: the name keeps the ULID of the base, and that is reported. Fencing tokens only grow: the highest of both counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from madsci_registry.names import is_ulid
+from madsci_registryd import database, holders
+from madsci_registryd.clock import SystemClock, iso
+from madsci_registryd.faults import CannotCreate, CorruptDatabase, DiskFull, os_fault
+from madsci_registryd.imports import entry_fault
+from madsci_registryd.instance import InstanceLock
+from madsci_registryd.settings import Places, Settings
+from madsci_registryd.store import Store
+
+_ROWS = """
+    SELECT c.id, c.name, c.component_type, c.retired, c.created_at, c.last_seen, c.metadata, c.workcell_id,
+           n.last_token FROM components c JOIN names n ON n.name = c.name"""
+
+
+def verify_database(settings: Settings) -> list[str]:
+    """Check a registry's database in full and list what is wrong; empty: it is whole.
+
+    Raises: StartFault where it cannot be opened, or a daemon serves it.
+    """
+    places = Places(settings)
+    if not places.database.exists():
+        raise CannotCreate(f"there is no database {places.database}", path=str(places.database))
+    lock = InstanceLock(places.lock)
+    try:
+        db = database.open_database(places.database)
+        try:
+            return database.faults_of(db)
+        except database.DatabaseError as error:
+            return [str(error)]
+        finally:
+            db.close()
+    finally:
+        lock.close()
+
+
+def restore_backup(settings: Settings, file: Path) -> list[str]:
+    """Restore a backup and return the report, a line for each thing that a person should know.
+
+    Raises: StartFault where the backup is not whole or not ours, a daemon serves the registry, or nothing can be
+    written; the database is then as it was.
+    """
+    places = Places(settings)
+    try:
+        places.state.mkdir(mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise os_fault(error, str(places.state)) from error
+    lock = InstanceLock(places.lock)
+    staged = places.database.with_name(f"{places.database.name}.restore")
+    try:
+        _stage(file, staged)
+        if _is_whole(places.database):
+            report = _merge(places.database, staged, base="the live database")
+        else:
+            report = _replace(places, staged)
+            report += _adopt_json(places)
+            lock.note(pid=None, io_error=holders.boot_id())  # holders get time to say what they hold
+        return report or ["nothing to do: the live database knows all that the backup knows"]
+    except database.DiskFullError:
+        raise DiskFull(f"no space for the restore in {places.state}", path=str(places.state)) from None
+    except OSError as error:
+        raise os_fault(error, "restore") from error
+    finally:
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            Path(f"{staged}{suffix}").unlink(missing_ok=True)
+        lock.close()
+
+
+def _stage(file: Path, staged: Path) -> None:
+    """Copy the backup beside the database, bring it to our schema and check it whole."""
+    if not file.is_file():
+        raise CannotCreate(f"there is no backup {file}", path=str(file))
+    database.check_header(file)
+    for suffix in ("", "-wal"):
+        Path(f"{staged}{suffix}").unlink(missing_ok=True)
+    shutil.copyfile(file, staged)
+    staged.chmod(0o600)
+    with staged.open("rb+") as copy:
+        os.fsync(copy.fileno())
+    db = database.open_database(staged)
+    try:
+        found = database.faults_of(db)
+    finally:
+        db.close()
+    if found:
+        raise CorruptDatabase(f"the backup {file} is damaged: {found[0]}", path=str(file))
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.exists() or not path.stat().st_size:
+        return False
+    try:
+        db = database.open_database(path)
+    except CorruptDatabase:
+        return False
+    try:
+        return not database.faults_of(db)
+    except database.DatabaseError:
+        return False
+    finally:
+        db.close()
+
+
+def _replace(places: Places, staged: Path) -> list[str]:
+    """Put the damaged database aside and the backup in its place, then add what the damaged one still tells."""
+    report = []
+    aside = None
+    if places.database.exists():
+        stamp = iso(SystemClock().wall()).replace(":", "").replace(".", "")
+        aside = places.database.with_name(f"{places.database.name}.damaged-{stamp}")
+        for suffix in ("-wal", ""):  # the database last: without it the WAL means nothing
+            with suppress(FileNotFoundError):
+                Path(f"{places.database}{suffix}").rename(f"{aside}{suffix}")
+        report.append(f"the damaged database was put aside as {aside}")
+    with suppress(FileNotFoundError):
+        Path(f"{places.database}-wal").unlink()
+    # Sessions and locks of the backup's time are over: who holds something now says so itself.
+    db = database.open_database(staged)
+    with db:
+        db.execute("DELETE FROM locks")
+        db.execute("DELETE FROM sessions")
+    db.close()
+    staged.rename(places.database)
+    database.sync_folder(places.state)
+    report.append("the backup is the database now")
+    if aside is not None:
+        report += _salvage(places.database, aside)
+    return report
+
+
+def _salvage(path: Path, damaged: Path) -> list[str]:
+    """Add what a damaged database still gives. Read only from a copy opened as data, row by row."""
+    rows: list[tuple[Any, ...]] = []
+    try:
+        db = database.Connection(str(damaged))
+        try:
+            rows.extend(db.execute(_ROWS))
+        finally:
+            db.close()
+    except (database.DatabaseError, UnicodeDecodeError) as error:
+        rows_read = f"{len(rows)} rows read before: {error}"
+        return [*_add(path, rows, "the damaged database"), f"the damaged database gave up ({rows_read})"]
+    return _add(path, rows, "the damaged database")
+
+
+def _merge(path: Path, staged: Path, *, base: str) -> list[str]:
+    db = database.open_database(staged)
+    rows: list[tuple[Any, ...]] = list(db.execute(_ROWS))
+    tokens = list(db.execute("SELECT name, last_token FROM names"))
+    db.close()
+    report = _add(path, rows, "the backup")
+    live = database.open_database(path)
+    with live:
+        for name, token in tokens:
+            live.execute("INSERT INTO names (name) VALUES (?) ON CONFLICT DO NOTHING", (name,))
+            live.execute("UPDATE names SET last_token = max(last_token, ?) WHERE name = ?", (token, name))
+        if report:
+            Store(live).add_event(
+                "restored", iso(SystemClock().wall()), uid=os.geteuid(), pid=os.getpid(), why={"base": base}
+            )
+    live.close()
+    return report
+
+
+def _adopt_json(places: Places) -> list[str]:
+    """Add what registry.json knows beyond the database."""
+    try:
+        entries = json.loads(places.registry.read_bytes()).get("entries", {})
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, AttributeError) as error:
+        return [f"{places.registry} could not be read: {error}"]
+    rows = []
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+        if entry_fault(name, entry):
+            continue
+        text = json.dumps(entry.get("metadata") or {})
+        now = iso(SystemClock().wall())
+        seen = (entry.get("created_at") or now, entry.get("last_seen") or now)
+        rows.append((entry["id"], name, entry["component_type"], 0, *seen, text, entry.get("workcell_id"), 0))
+    return _add(places.database, rows, str(places.registry))
+
+
+def _add(path: Path, rows: list[tuple[Any, ...]], source: str) -> list[str]:
+    """Add the components that the database at `path` does not know, in one transaction."""
+    report = []
+    db = database.open_database(path)
+    store = Store(db)
+    now = iso(SystemClock().wall())
+    with db:
+        for id, name, component_type, retired, created_at, last_seen, metadata, workcell_id, token in rows:
+            if not (isinstance(id, str) and isinstance(name, str) and is_ulid(id)) or store.by_id(id) is not None:
+                continue
+            taken = store.by_name(name)
+            shown = name
+            if taken is not None:
+                shown = f"{name} ({id})"
+                report.append(f"conflict: {name!r} is {taken.id}; {id} from {source} is kept as {shown!r}, retired")
+            else:
+                report.append(f"added {name!r} = {id} from {source}")
+            store.add_component(
+                id, shown, component_type, now, metadata, created_at=created_at, last_seen=last_seen,
+                retired=bool(retired) or taken is not None, workcell_id=workcell_id,
+            )  # fmt: skip
+            db.execute("UPDATE names SET last_token = max(last_token, ?) WHERE name = ?", (token, shown))
+            why = {"from": source, "component_type": component_type}
+            store.add_event("restored", now, name=shown, id=id, uid=os.geteuid(), pid=os.getpid(), why=why)
+    db.close()
+    return report

@@ -1,0 +1,347 @@
+"""What each verb that changes something does: one method a verb, one step of a transaction.
+
+Rules
+- A verb checks everything before it writes, and raises a RegistryError where it refuses: then it changed nothing.
+- It writes through the store and notes in the Tx what others must be told; it sends nothing and changes no queue.
+- Every change appends its event in the same transaction.
+- An identity is never deleted and an id never moves to another component; a name's tokens only grow.
+- A repeat is a no-op: writes name what they expect (id, fencing_token), `is_new` compares the creating request.
+
+Theory of operation
+Truth is in the database, read inside the transaction. Who waits is in the queues, which stand still during a
+transaction; claims that the transaction adds are in `tx.waiting`. Fencing tokens are `epoch * 2^20 + n`: the first
+token of a name in an epoch is above all that an earlier epoch gave, and where n overflows the name runs ahead of the
+epoch by itself, which is why that one grant is made durable.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from madsci_registry import protocol as p
+from madsci_registry.errors import (
+    BusyError,
+    InvalidError,
+    RegistryError,
+    RegistryTimeoutError,
+    WaitingError,
+    WrongTypeError,
+)
+from madsci_registry.names import check_metadata, check_name
+from madsci_registryd.identities import TOKENS_A_TERM, Identities, merged
+from madsci_registryd.locks import Claim, ClaimEvent, Owner, Queues, Session, Verdict, decide, next_claim
+from madsci_registryd.store import Lock, Row, Store
+from madsci_registryd.transaction import Told, Tx
+from madsci_registryd.views import held_by, new_holder
+
+
+class Parked:
+    """The answer of a request that waits: there is none yet."""
+
+
+PARKED = Parked()
+Reply = dict[str, Any] | Parked
+
+
+class OutsideStage:
+    """Something to be asked between the decision to grant and the commit. This one asks nobody."""
+
+    def begin(self, claim: Claim) -> bool:
+        """Begin to ask; True: go on at once. False: the caller confirms or refuses the claim later."""
+        return True
+
+    def withdraw(self, claim: Claim) -> None:
+        """Undo what was begun for a claim that is not wanted any more."""
+
+
+class Service(Identities):
+    """The verbs of locks, on top of those of identities. Belongs to the thread that owns the database."""
+
+    def __init__(
+        self,
+        store: Store,
+        queues: Queues,
+        sessions: Callable[[str], Session | None],
+        new_id: Callable[[], str],
+        *,
+        epoch: int,
+        host: str,
+        stage: OutsideStage | None = None,
+    ) -> None:
+        super().__init__(store, queues, sessions, epoch=epoch, host=host)
+        self.no_grants_before = 0.0
+        """Monotonic; after an I/O error holders get time to say what they hold."""
+        self._new_id = new_id
+        self._stage = stage or OutsideStage()
+
+    # resolve
+
+    def resolve(self, tx: Tx, who: Session, r: p.Resolve) -> Reply:
+        """Answer the ULID of a name, made if new, with its lock if wanted."""
+        if r.seq in who.withdrawn:
+            raise RegistryTimeoutError("the request was withdrawn before it was run; nothing changed")
+        row = self._known(r)
+        if not r.acquire_lock:
+            return self._identity(tx, who, r, row)
+        owner = Owner(who.id, r.instance)
+        claim = self.queues.find(who.id, r.seq)
+        if claim is not None and (claim.name, claim.owner) != (r.name, owner):
+            raise InvalidError("seq: belongs to another request that waits", field="seq", reason="used already")
+        holder = row.lock.owner if row and row.lock else None
+        if claim is not None:
+            return self._renew(tx, who, r, claim, holder)
+        ahead = len(self._claims(tx, r.name))
+        may_wait = r.wait_s > 0 or r.renew
+        verdict = decide(holder, owner, ahead=ahead, may_wait=may_wait)
+        if verdict is Verdict.GRANT and tx.monotonic < self.no_grants_before:
+            if not may_wait:
+                raise BusyError("the daemon restarted after an I/O error: holders have 10 s to come back; try again")
+            verdict = Verdict.QUEUE
+        if verdict is Verdict.HELD:
+            raise held_by(self.session, self.host, r.name, row, who, waiting=ahead)
+        if verdict is Verdict.SAME:
+            return self._take(tx, who, r)
+        new = Claim(r.name, owner, r.seq, r, tx.monotonic + r.wait_s)
+        if verdict is Verdict.GRANT:
+            if self._stage.begin(new):
+                return self._take(tx, who, r)
+            new.move(ClaimEvent.TURN)
+        tx.waiting.append(new)
+        return PARKED
+
+    def _renew(self, tx: Tx, who: Session, r: p.Resolve, claim: Claim, holder: Owner | None) -> Reply:
+        """Keep a waiter's place for another request of its chain."""
+        claim.request, claim.answer_at = r, tx.monotonic + r.wait_s
+        if holder == claim.owner:
+            tx.settled.append((claim, self._take(tx, who, r)))
+        elif holder is None:
+            tx.freed.append(r.name)  # it may have been passed over while nobody could tell it
+        return PARKED
+
+    def resolve_many(self, tx: Tx, who: Session, r: p.ResolveMany) -> Reply:
+        """Resolve each item by itself, without waiting; one refusal spoils only its own item."""
+        results = []
+        for item in r.items:
+            single = p.Resolve(
+                token="",
+                epoch=r.epoch,
+                seq=r.seq,
+                name=item.name,
+                component_type=item.component_type,
+                instance=r.instance,
+                metadata=item.metadata,
+                acquire_lock=r.acquire_lock,
+            )
+            try:
+                results.append({"ok": self.resolve(tx, who, single)})
+            except RegistryError as error:
+                results.append({"error": error.to_wire()})
+        return {"results": results}
+
+    def _known(self, r: p.Resolve) -> Row | None:
+        row = self.store.by_name(r.name)
+        if row is None:
+            check_name(r.name)
+        elif row.component_type != r.component_type:
+            raise WrongTypeError(
+                f"{r.name!r} is a {row.component_type}, not a {r.component_type}",
+                name=r.name,
+                id=row.id,
+                component_type=row.component_type,
+                given=r.component_type,
+            )
+        if r.metadata is not None:
+            merged(row, r.metadata, ())
+        return row
+
+    def _take(self, tx: Tx, who: Session, r: p.Resolve) -> dict[str, Any]:
+        """Answer with the identity and with its lock, granted here unless the owner has it."""
+        answer = self._identity(tx, who, r, self._known(r))
+        row = self.store.by_name(r.name)
+        assert row is not None
+        lock = row.lock or self._grant(tx, who, row, r)
+        return answer | {"fencing_token": lock.fencing_token, "acquired_at": lock.acquired_at}
+
+    def _grant(self, tx: Tx, who: Session, row: Row, r: p.Resolve) -> Lock:
+        token = self._next_token(tx, row.last_token)
+        owner = Owner(who.id, r.instance)
+        self._store_session(tx, who)
+        self.store.add_lock(row, owner, token, tx.now, r.seq)
+        self._event(tx, who, "granted", row, fencing_token=token)
+        tx.granted.append(who)
+        return Lock(owner, token, tx.now, r.seq)
+
+    def _identity(self, tx: Tx, who: Session, r: p.Resolve, row: Row | None) -> dict[str, Any]:
+        """Make, revive or merge as needed and return the answer without its lock."""
+        if row is None:
+            row = self._create(tx, who, r)
+        else:
+            if row.retired:
+                self._set_retired(tx, who, row, False)
+            text = merged(row, r.metadata, ()) if r.metadata is not None else row.metadata
+            if text != row.metadata:
+                self._set_metadata(tx, who, row, text)
+            if not r.acquire_lock:
+                self.store.set_last_seen(row.id, tx.now)
+        is_new = row.created_by == (who.id, r.seq)
+        return {
+            "id": row.id,
+            "name": row.name,
+            "component_type": row.component_type,
+            "is_new": is_new,
+            "source": "local",
+            "fencing_token": None,
+            "acquired_at": None,
+            "warnings": self._warnings(row) if is_new else [],
+        }
+
+    def _create(self, tx: Tx, who: Session, r: p.Resolve) -> Row:
+        id = self._new_id()
+        text = check_metadata(r.metadata or {})
+        self._store_session(tx, who)
+        self.store.add_component(id, r.name, r.component_type, tx.now, text, created_by=(who.id, r.seq))
+        row = self.store.by_name(r.name)
+        assert row is not None
+        self._event(tx, who, "created", row, component_type=r.component_type, metadata=json.loads(text))
+        tx.durable = True
+        return row
+
+    def _warnings(self, row: Row) -> list[str]:
+        before = self.store.name_row(row.name)
+        if before is None or before.renamed_id is None:
+            return []
+        return [
+            f"{row.name!r} was once the name of {before.renamed_id}, which is called {before.renamed_to!r} now: "
+            f"{row.id} is a new component"
+        ]
+
+    def _claims(self, tx: Tx, name: str) -> tuple[Claim, ...]:
+        return self.queues.of_name(name) + tuple(c for c in tx.waiting if c.name == name)
+
+    # waiting: what the loop asks when time has passed or a name is free
+
+    def hand_over(self, tx: Tx, name: str, may_hear: Callable[[Claim], bool]) -> None:
+        """Give a name that may be free to the first of its queue who can be told, with all claims of that owner."""
+        row = self.store.by_name(name)
+        settled = {claim.key for claim, _ in tx.settled}
+        claims = tuple(c for c in self._claims(tx, name) if c.key not in settled)
+        if row is not None and row.lock is not None or tx.monotonic < self.no_grants_before:
+            return
+        claim = next_claim(claims, may_hear)
+        if claim is None:
+            return
+        if not self._stage.begin(claim):
+            claim.move(ClaimEvent.TURN)
+            return
+        for same in (c for c in claims if c.owner == claim.owner):
+            self._settle(tx, same)
+
+    def confirm(self, tx: Tx, claim: Claim) -> None:
+        """Grant a pending claim that outside agreed to."""
+        self._settle(tx, claim)
+
+    def withdraw(self, claim: Claim) -> None:
+        """Let outside undo what was begun for a pending claim that is not wanted any more."""
+        self._stage.withdraw(claim)
+
+    def _settle(self, tx: Tx, claim: Claim) -> None:
+        who = self.session(claim.owner.session)
+        assert who is not None
+        try:
+            tx.settled.append((claim, self._take(tx, who, claim.request)))
+        except RegistryError as error:  # the world changed while it waited: another type, a full metadata
+            tx.settled.append((claim, error))
+            tx.freed.append(claim.name)
+
+    def refuse(self, tx: Tx, claim: Claim, error: RegistryError) -> None:
+        """End a pending claim that outside said no to."""
+        tx.settled.append((claim, error))
+        tx.freed.append(claim.name)
+
+    def overdue(self, claim: Claim, now: float) -> RegistryError | None:
+        """Answer a claim whose request has waited long enough: None while it has not, else waiting or held."""
+        r: p.Resolve = claim.request
+        if now < claim.answer_at:
+            return None
+        place = self.queues.place(claim)
+        if r.renew:
+            return WaitingError(f"{claim.name!r} is held; place {place}", name=claim.name, place=place)
+        who = self.session(claim.owner.session)
+        assert who is not None
+        row = self.store.by_name(claim.name)
+        return held_by(
+            self.session, self.host, claim.name, row, who, place=place, waiting=self.queues.count(claim.name)
+        )
+
+    # ends of locks
+
+    def release(self, tx: Tx, who: Session, r: p.Release) -> Reply:
+        """End the lock with that token of that instance; anything else changes nothing."""
+        row = self.store.by_name(r.name)
+        mine = Owner(who.id, r.instance)
+        if row is None or row.lock is None or (row.lock.owner, row.lock.fencing_token) != (mine, r.fencing_token):
+            return {"released": False}
+        self._end_lock(tx, who, row, "released")
+        return {"released": True}
+
+    def release_all(self, tx: Tx, who: Session, r: p.ReleaseAll) -> Reply:
+        """End all locks of an instance."""
+        return {"released": self.release_instance(tx, who, r.instance)}
+
+    def release_instance(self, tx: Tx, who: Session, instance: str) -> list[str]:
+        names = [name for name, owner, _ in self.store.locks_of(who.id) if owner == instance]
+        for name in names:
+            self._end_lock(tx, who, self._get(name), "released")
+        return names
+
+    def cancel(self, tx: Tx, who: Session, seq: int) -> None:
+        """End exactly the locks that request `seq` was granted (its waiter is taken out by the caller)."""
+        for name in self.store.locked_by_seq(who.id, seq):
+            self._end_lock(tx, who, self._get(name), "released", cancelled=True)
+
+    def break_lock(self, tx: Tx, who: Session, r: p.BreakLock) -> Reply:
+        """End the lock with that token, whoever has it, and tell the holder."""
+        row = self._get(r.name)
+        if row.lock is None or row.lock.fencing_token != r.fencing_token:
+            return {"broken": False}
+        holder = new_holder(self.session, self.host, row.lock)
+        line = {
+            "op": "lost",
+            "name": row.name,
+            "instance": row.lock.owner.instance,
+            "fencing_token": row.lock.fencing_token,
+            "reason": r.reason or "broken by an operator",
+            "by": {"uid": who.uid, "pid": who.pid},
+        }
+        tx.told.append(Told(row.lock.owner.session, line))
+        self._end_lock(tx, who, row, "broken", reason=r.reason, holder=holder.to_json())
+        tx.durable = True  # a broken lock must not come back with a power loss of the record
+        return {"broken": True}
+
+    def end_session(self, tx: Tx, who: Session, why: str) -> None:
+        """End all that a session holds, and its row."""
+        for name, _, _ in self.store.locks_of(who.id):
+            self._end_lock(tx, who, self._get(name), "ended", reason=why)
+        if who.stored or who in tx.stored:
+            self.store.drop_session(who.id)
+        tx.ended.append(who)
+
+    def reassert(self, tx: Tx, who: Session, holds: list[p.Hold]) -> None:
+        """Take back what a holder says it held before an I/O error, where the database does not contradict."""
+        for hold in holds:
+            row = self.store.by_name(hold.name)
+            if row is None or row.retired or row.lock is not None or hold.fencing_token <= row.last_token:
+                continue
+            if hold.fencing_token >= self.epoch * TOKENS_A_TERM:
+                continue  # no earlier daemon can have given that one
+            self._store_session(tx, who)
+            self.store.add_lock(row, Owner(who.id, hold.instance), hold.fencing_token, tx.now, 0)
+            self._event(tx, who, "granted", row, fencing_token=hold.fencing_token, reasserted=True)
+
+    def _end_lock(self, tx: Tx, who: Session, row: Row, kind: str, **why: Any) -> None:
+        assert row.lock is not None
+        self.store.drop_lock(row.id, tx.now)
+        self._event(tx, who, kind, row, fencing_token=row.lock.fencing_token, **why)
+        tx.freed.append(row.name)

@@ -1,0 +1,264 @@
+"""Rows to values and back; no policy. Used by the one thread that owns the connection, inside its transactions."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import apsw
+
+from madsci_registryd import queries as q
+from madsci_registryd.locks import Owner, Presence, Session
+
+LOCK_EVENTS = frozenset({"granted", "released", "ended", "broken"})
+
+
+class Lock(NamedTuple):
+    """A lock as the database has it."""
+
+    owner: Owner
+    fencing_token: int
+    acquired_at: str
+    seq: int
+
+
+class Row(NamedTuple):
+    """A component with its lock."""
+
+    id: str
+    name: str
+    component_type: str
+    retired: bool
+    created_at: str
+    last_seen: str
+    metadata: str
+    created_by: tuple[str | None, int | None]
+    last_token: int
+    workcell_id: str | None
+    lock: Lock | None
+
+
+class NameRow(NamedTuple):
+    """A name's history: its highest token and the component that left it by rename, with that one's present name."""
+
+    last_token: int
+    renamed_id: str | None
+    renamed_to: str | None
+
+
+class Store:
+    """The tables, as methods. One transaction at a time, begun and ended by the caller."""
+
+    def __init__(self, db: apsw.Connection) -> None:
+        self.db = db
+        self._run = db.execute
+        self._revision: int = self._one(q.LAST_REVISION)
+
+    def _one(self, sql: str, args: tuple[Any, ...] = ()) -> Any:
+        """Return the only column of the first row, None where there is no row."""
+        row = self._run(sql, args).fetchone()
+        return row[0] if row else None
+
+    # components and names
+
+    def by_name(self, name: str) -> Row | None:
+        row = self._run(q.COMPONENT_BY_NAME, (name,)).fetchone()
+        return _row(row) if row else None
+
+    def by_id(self, id: str) -> Row | None:
+        row = self._run(q.COMPONENT_BY_ID, (id,)).fetchone()
+        return _row(row) if row else None
+
+    def id_of(self, name: str) -> str | None:
+        id: str | None = self._one(q.ID_BY_NAME, (name,))
+        return id
+
+    def components(
+        self,
+        *,
+        cursor: str = "",
+        limit: int,
+        pattern: str | None = None,
+        component_type: str | None = None,
+        retired: bool | None = None,
+        held: bool | None = None,
+    ) -> list[Row]:
+        """Return up to `limit` components in the order of their names, those after `cursor`."""
+        given = {
+            "cursor": cursor,
+            "limit": limit,
+            "pattern": pattern,
+            "component_type": component_type,
+            "retired": retired,
+            "held": held,
+        }
+        return [_row(r) for r in self._run(q.LIST, given)]
+
+    def name_row(self, name: str) -> NameRow | None:
+        row = self._run(q.NAME_ROW, (name,)).fetchone()
+        return NameRow(*row) if row else None
+
+    def add_component(
+        self,
+        id: str,
+        name: str,
+        component_type: str,
+        now: str,
+        metadata: str,
+        *,
+        created_by: tuple[str | None, int | None] = (None, None),
+        created_at: str | None = None,
+        last_seen: str | None = None,
+        retired: bool = False,
+        workcell_id: str | None = None,
+    ) -> None:
+        self._run(q.ADD_NAME, (name,))
+        row = (id, name, component_type, retired, created_at or now, last_seen or now, metadata, workcell_id)
+        self._run(q.ADD_COMPONENT, (*row, *created_by))
+
+    def set_metadata(self, id: str, metadata: str) -> None:
+        self._run(q.SET_METADATA, (metadata, id))
+
+    def set_retired(self, id: str, retired: bool) -> None:
+        self._run(q.SET_RETIRED, (retired, id))
+
+    def set_last_seen(self, id: str, now: str) -> None:
+        self._run(q.SET_LAST_SEEN, (now, id))
+
+    def rename(self, id: str, old: str, new: str) -> None:
+        """Move a component to a name that no component has; the old name remembers where it went."""
+        self._run(q.ADD_NAME, (new,))
+        self._run(q.SET_NAME, (new, id))
+        self._run(q.SET_RENAMED, (id, old))
+
+    # locks
+
+    def add_lock(self, row: Row, owner: Owner, token: int, now: str, seq: int) -> None:
+        self._run(q.ADD_LOCK, (row.id, owner.session, owner.instance, token, now, seq))
+        self._run(q.RAISE_TOKEN, (token, row.name))
+        self._run(q.SET_LAST_SEEN, (now, row.id))
+
+    def move_lock_token(self, id: str, name: str, token: int) -> None:
+        """Give the lock of component `id`, now called `name`, this token."""
+        self._run(q.SET_LOCK_TOKEN, (token, id))
+        self._run(q.RAISE_TOKEN, (token, name))
+
+    def drop_lock(self, id: str, now: str) -> None:
+        self._run(q.DROP_LOCK, (id,))
+        self._run(q.SET_LAST_SEEN, (now, id))
+
+    def locks_of(self, session: str) -> list[tuple[str, str, int]]:
+        """List (name, instance, fencing_token) of what a session holds."""
+        return [(n, i, t) for n, i, t in self._run(q.LOCKS_OF_SESSION, (session,))]
+
+    def locked_by_seq(self, session: str, seq: int) -> list[str]:
+        """List the names that request `seq` of a session was granted and still holds."""
+        return [name for (name,) in self._run(q.LOCKED_NAME_BY_SEQ, (session, seq))]
+
+    def held_counts(self) -> dict[str, int]:
+        return dict(self._run(q.HELD_BY_SESSION))
+
+    # sessions
+
+    def add_session(self, s: Session) -> None:
+        row = (s.id, s.token_hash, s.uid, s.gid, s.pid, s.start_time, s.pidfd_inode, s.boot_id, s.pid_namespace)
+        self._run(q.ADD_SESSION, (*row, s.client, s.started_at))
+
+    def drop_session(self, id: str) -> None:
+        self._run(q.DROP_SESSION, (id,))
+
+    def sessions(self) -> list[Session]:
+        """Return the sessions that an earlier daemon left: detached, nothing known of their processes yet."""
+        return [
+            Session(
+                id=id,
+                token_hash=token_hash,
+                uid=uid,
+                gid=gid,
+                pid=pid,
+                start_time=start_time,
+                pidfd_inode=inode,
+                boot_id=boot_id,
+                pid_namespace=namespace,
+                client=client,
+                started_at=started_at,
+                proof="connection",
+                presence=Presence.DETACHED,
+                stored=True,
+            )
+            for id, token_hash, uid, gid, pid, start_time, inode, boot_id, namespace, client, started_at in self._run(
+                q.SESSIONS
+            )
+        ]
+
+    # events
+
+    @property
+    def revision(self) -> int:
+        """The revision of the last event written (or tried: a rollback leaves a gap)."""
+        return self._revision
+
+    def add_event(
+        self,
+        kind: str,
+        now: str,
+        *,
+        name: str | None = None,
+        id: str | None = None,
+        uid: int | None = None,
+        pid: int | None = None,
+        session: str | None = None,
+        why: dict[str, Any] | None = None,
+    ) -> None:
+        self._revision += 1
+        text = json.dumps(why, ensure_ascii=False) if why else "{}"
+        self._run(q.ADD_EVENT, (self._revision, now, kind, name, id, uid, pid, session, text))
+
+    def raise_revision(self, revision: int) -> None:
+        """Let the next event's revision be above `revision`."""
+        self._revision = max(self._revision, revision)
+
+    def events(self, after: int, limit: int) -> list[dict[str, Any]]:
+        return [_event(r) for r in self._run(q.EVENTS, (after, limit))]
+
+    def events_of(self, name: str, id: str | None, after: int, limit: int) -> list[dict[str, Any]]:
+        """Return events that name the name, or the component (under whatever name)."""
+        given = {"name": name, "id": id, "after": after, "limit": limit}
+        return [_event(r) for r in self._run(q.EVENTS_OF, given)]
+
+    def trim_lock_events(self, before: str, keep: int, limit: int) -> None:
+        """Delete the lock events among the next `limit` events that are older than `before` or not among the newest
+        `keep`, and note how far that went."""
+        start = self.meta("compacted") or 0
+        surplus = self._one(q.NTH_LAST_REVISION, (keep,)) or 0
+        end = self._one(q.TRIMMABLE, (start, before, surplus, limit))
+        if end is not None:
+            self._run(q.TRIM_LOCK_EVENTS, (start, end))
+            self.set_meta("compacted", end)
+
+    # the rest
+
+    def meta(self, key: str) -> Any:
+        return self._one(q.GET_META, (key,))
+
+    def set_meta(self, key: str, value: int | str) -> None:
+        self._run(q.SET_META, (key, value))
+
+    def highest_token(self) -> int:
+        token: int = self._one(q.HIGHEST_TOKEN)
+        return token
+
+    def counts(self) -> tuple[int, int, int]:
+        """Return how many names are in use, retired, and locked."""
+        names, retired, held = self._run(q.COUNTS).fetchone() or (0, 0, 0)
+        return names, retired, held
+
+
+def _row(r: Any) -> Row:
+    lock = Lock(Owner(r[11], r[12]), r[13], r[14], r[15]) if r[11] is not None else None
+    return Row(r[0], r[1], r[2], bool(r[3]), r[4], r[5], r[6], (r[7], r[8]), r[9], r[10], lock)
+
+
+def _event(r: Any) -> dict[str, Any]:
+    keys = ("revision", "at", "kind", "name", "id", "uid", "pid", "session")
+    return {**dict(zip(keys, r[:8], strict=True)), "why": json.loads(r[8])}

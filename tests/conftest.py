@@ -1,0 +1,72 @@
+"""Fixtures: a registry in a folder of its own, a daemon on it; and the check that nothing of ours is left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers import DaemonProcess, Worker, daemons_under, end_daemons_under, environment
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No setting of the user reaches a test; what it starts finds our packages; autostart is allowed anywhere."""
+    clean = environment(MADSCI_REGISTRY_AUTOSTART="1", HOME=str(tmp_path_factory.mktemp("home")))
+    os.environ.clear()
+    os.environ.update(clean)
+
+
+@pytest.fixture(scope="session")
+def base_folder() -> Iterator[Path]:
+    """A short path (socket addresses are), under which every registry of this run is; no daemon of it survives."""
+    folder = Path(tempfile.mkdtemp(prefix="madsci-")).resolve()
+    yield folder
+    left = daemons_under(folder)
+    end_daemons_under(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    assert not left, f"daemons outlived their tests: {left}"
+
+
+@pytest.fixture
+def registry_path(base_folder: Path) -> Iterator[Path]:
+    """The path of a registry that does not exist yet, in a folder of its own; its daemons end with the test."""
+    folder = Path(tempfile.mkdtemp(dir=base_folder))
+    yield folder / "registry.json"
+    end_daemons_under(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def daemon(registry_path: Path) -> Iterator[DaemonProcess]:
+    """A daemon that serves `registry_path`."""
+    with DaemonProcess(registry_path) as running:
+        yield running
+
+
+@pytest.fixture
+def workers(registry_path: Path) -> Iterator[Workers]:
+    """Makes client processes of the registry: `workers()` is one more."""
+    made = Workers(registry_path)
+    yield made
+    made.end()
+
+
+class Workers:
+    """Client processes of one registry, all ended with the test."""
+
+    def __init__(self, registry: Path) -> None:
+        self.registry = registry
+        self.made: list[Worker] = []
+
+    def __call__(self, **extra_env: str) -> Worker:
+        self.made.append(Worker(self.registry, **extra_env))
+        return self.made[-1]
+
+    def end(self) -> None:
+        for worker in self.made:
+            worker.__exit__()

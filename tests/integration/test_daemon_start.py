@@ -1,0 +1,317 @@
+"""What keeps a daemon from starting, and what it does about a hostile world while it runs: nothing is overwritten."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers import DaemonProcess, environment, until
+from madsci_registry import NoSpaceError, RegistryClient
+
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root (setpriv, mount)")
+
+
+def run(registry: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the daemon's program until it ends by itself."""
+    command = DaemonProcess(registry).command(*arguments)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env or environment(), check=False)
+
+
+@pytest.fixture
+def database(registry_path: Path) -> Path:
+    """A sound database with one name in it, its daemon ended in order."""
+    with DaemonProcess(registry_path) as daemon:
+        with RegistryClient(registry_path, autostart=False) as client:
+            client.resolve("arm", "node", acquire_lock=False)
+        assert daemon.terminate() == 0
+    return registry_path.with_suffix(".db")
+
+
+def scribbled(path: Path) -> None:
+    path.write_bytes(b"this is no database, it is somebody's notes" * 10)
+
+
+def other_program(path: Path) -> None:
+    path.unlink()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA application_id = 77")
+        db.execute("CREATE TABLE theirs (x)")
+    db.close()
+
+
+def no_application(path: Path) -> None:
+    path.unlink()
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE theirs (x)")
+    db.close()
+
+
+def newer(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA journal_mode = delete")
+        db.execute("PRAGMA user_version = 999")
+    db.close()
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:60])
+
+
+@pytest.mark.parametrize("spoil", [scribbled, other_program, no_application, newer, cut_off])
+def test_start_on_a_database_that_is_not_ours_is_refused_and_leaves_it(
+    database: Path, registry_path: Path, spoil: object
+) -> None:
+    """A corrupt, foreign or newer database is refused with status 65 and stays as it is, byte for byte."""
+    spoil(database)  # type: ignore[operator]
+    before = database.read_bytes()
+    ended = run(registry_path)
+    assert ended.returncode == 65, ended.stderr
+    assert str(database) in ended.stderr
+    assert database.read_bytes() == before
+
+
+def test_second_daemon_is_refused_and_names_the_first(daemon: DaemonProcess) -> None:
+    """Exactly one daemon serves a database: a second one says who does and ends with 69, the first serves on."""
+    ended = run(daemon.registry)
+    assert ended.returncode == 69 and str(daemon.pid) in ended.stderr
+    with RegistryClient(daemon.registry, autostart=False) as client:
+        assert client.status()["pid"] == daemon.pid
+
+
+@pytest.mark.parametrize("command", ["verify", "restore"])
+def test_verify_and_restore_need_the_daemon_ended(daemon: DaemonProcess, command: str) -> None:
+    """Verify and restore touch no database that is being served."""
+    arguments = [command] + ([str(daemon.registry)] if command == "restore" else [])
+    assert run(daemon.registry, *arguments).returncode == 69
+
+
+def test_socket_of_another_registry_is_not_taken(daemon: DaemonProcess, tmp_path: Path) -> None:
+    """A socket at which a living daemon of another registry listens is left alone (libzmq alone would take it)."""
+    ended = run(tmp_path / "other.json", "--socket", str(daemon.socket))
+    assert ended.returncode == 69
+    with RegistryClient(daemon.registry, autostart=False) as client:
+        assert client.status()["pid"] == daemon.pid
+
+
+def test_something_else_at_the_sockets_path_is_not_removed(registry_path: Path) -> None:
+    """A file that stands where the socket should be is not removed: status 73."""
+    run_folder = registry_path.parent / "run"
+    run_folder.mkdir()
+    (run_folder / f"{registry_path.stem}.sock").write_text("precious")
+    ended = run(registry_path)
+    assert ended.returncode == 73, ended.stderr
+    assert (run_folder / f"{registry_path.stem}.sock").read_text() == "precious"
+
+
+@AS_ROOT
+@pytest.mark.parametrize(("folder_mode", "database_mode", "status"), [(0o555, None, 73), (0o777, 0o400, 77)])
+def test_start_without_rights_says_so(
+    database: Path, registry_path: Path, folder_mode: int, database_mode: int | None, status: int
+) -> None:
+    """A folder or database that may not be written is status 73 or 77, with the path in the message."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        shutil.copy(database, folder / "registry.db")
+        (folder / "registry.db.lock").touch()
+        for path in (folder / "registry.db", folder / "registry.db.lock"):
+            path.chmod(0o666)
+        if database_mode is not None:
+            (folder / "registry.db").chmod(database_mode)
+        else:
+            (folder / "registry.db.lock").unlink()
+        folder.chmod(folder_mode)
+        command = DaemonProcess(folder / "registry.json").command()
+        dropped = ["setpriv", "--reuid=65533", "--regid=65533", "--clear-groups", *command]
+        ended = subprocess.run(dropped, capture_output=True, text=True, timeout=60, env=environment(), check=False)
+        if "setpriv" in ended.stderr or "Permission denied" in ended.stderr.split("\n")[0] and "python" in ended.stderr:
+            pytest.skip("this machine's Python may not be run by another user")
+        assert ended.returncode in (status, 77, 73), ended.stderr
+        assert str(folder) in ended.stderr
+    finally:
+        folder.chmod(0o700)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("idle_exi = 5", "idle_exit"),
+        ("idle_exit = 'soon'", "idle_exit"),
+        ("idle_exit = -1", "idle_exit"),
+        ("registry = 'no-json'", "registry"),
+        ("socket = '/x/y'", "socket"),
+        ("= 3", "TOML"),
+    ],
+)
+def test_bad_settings_are_refused_with_the_key(registry_path: Path, text: str, said: str) -> None:
+    """An unknown key is refused with the nearest known one, a bad value with its key: status 78."""
+    config = registry_path.parent / "registryd.toml"
+    config.write_text(text)
+    command = [c for c in DaemonProcess(registry_path).command() if c not in ("--registry", str(registry_path))]
+    ended = subprocess.run(
+        [*command, "--config", str(config)], capture_output=True, text=True, timeout=60, env=environment(), check=False
+    )
+    assert ended.returncode == 78 and said in ended.stderr, ended.stderr
+
+
+def test_unknown_environment_variable_is_refused(registry_path: Path) -> None:
+    """A misspelt MADSCI_REGISTRYD_ variable is refused with the nearest known key."""
+    ended = run(registry_path, env=environment(MADSCI_REGISTRYD_LOGLEVEL="debug"))
+    assert ended.returncode == 78 and "log_level" in ended.stderr
+
+
+def test_run_folder_removed_is_made_again_and_locks_stay(daemon: DaemonProcess) -> None:
+    """After rm -rf run/ the daemon listens again; the holder keeps its lock, and newcomers are served."""
+    with RegistryClient(daemon.registry, autostart=False) as client:
+        held = client.resolve("arm", "node")
+        for _ in range(2):
+            shutil.rmtree(daemon.socket.parent)
+            until(lambda: daemon.lifeline.exists() and daemon.socket.exists(), "for the sockets")
+        assert held.held and client.get("arm").fencing_token == held.fencing_token
+        command = ["-m", "madsci_registryctl", "--registry", str(daemon.registry), "lookup", "arm"]
+        import sys
+
+        found = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, timeout=60, env=environment(), check=False
+        )
+        assert found.stdout.strip() == held.id
+
+
+def test_registry_folder_removed_ends_the_daemon(daemon: DaemonProcess) -> None:
+    """A daemon whose registry's folder is gone ends, so that it serves nothing that nobody can find."""
+    shutil.rmtree(daemon.registry.parent)
+    daemon.wait()
+
+
+def test_deleted_database_is_written_again(daemon: DaemonProcess) -> None:
+    """Deleting the database under a living daemon loses no identity: it is written again, and served anew."""
+    with RegistryClient(daemon.registry, autostart=False) as client:
+        id = client.resolve("arm", "node", acquire_lock=False).id
+        daemon.registry.with_suffix(".db").unlink()
+        assert daemon.wait() == 74
+        daemon.start()
+        assert client.lookup("arm") == id
+
+
+def test_idle_daemon_ends_and_a_busy_one_does_not(registry_path: Path) -> None:
+    """--idle-exit ends a daemon without clients, and no other."""
+    with DaemonProcess(registry_path, "--idle-exit", "0.6") as daemon:
+        with RegistryClient(registry_path, autostart=False) as client:
+            client.resolve("arm", "node")
+            with pytest.raises(AssertionError):
+                until(lambda: daemon._process and daemon._process.poll() is not None, patience_s=2.0)
+        assert daemon.wait() == 0
+    assert not daemon.socket.exists()
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A folder on a file system of 1 MB."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        folder.rmdir()
+        pytest.skip("this machine does not let us mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+        folder.rmdir()
+
+
+@AS_ROOT
+def test_full_disk_is_no_space_and_heals_without_a_restart(small_disk: Path) -> None:
+    """On a full disk writes are `no_space`, reads and what is held stay; with space again the same daemon goes on."""
+    with DaemonProcess(small_disk / "registry.json") as daemon:
+        with RegistryClient(daemon.registry, autostart=False) as client:
+            held = client.resolve("held", "node")
+            made: dict[str, str] = {}
+            (small_disk / "ballast").write_bytes(b"x" * 300_000)
+
+            def fill() -> None:
+                for n in range(2000):
+                    made[f"n{n}"] = client.resolve(f"n{n}", "node", {"x": "y" * 3000}, acquire_lock=False).id
+
+            with pytest.raises(NoSpaceError):
+                fill()
+            assert made and all(client.lookup(name) == id for name, id in made.items())
+            assert held.held and client.get("held").locked
+            (small_disk / "ballast").unlink()
+            assert client.resolve("after", "node").is_new
+            assert client.status()["pid"] == daemon.pid
+
+
+@AS_ROOT
+def test_start_on_a_full_disk_says_so(small_disk: Path) -> None:
+    """A daemon that finds no space at its start ends with 75."""
+    with pytest.raises(OSError, match="space"):
+        (small_disk / "ballast").write_bytes(b"x" * 2_000_000)
+    ended = run(small_disk / "registry.json")
+    assert ended.returncode in (73, 75), ended.stderr
+    assert "space" in ended.stderr
+
+
+def test_restore_brings_back_a_lost_database_and_reports_conflicts(registry_path: Path, tmp_path: Path) -> None:
+    """After the database was lost and a name made anew, the restore keeps both ULIDs, says so, and tokens grow."""
+    backup = tmp_path / "backup.db"
+    with DaemonProcess(registry_path) as daemon:
+        with RegistryClient(registry_path, autostart=False) as client:
+            old = client.resolve("arm", "node")
+            only = client.resolve("only in the backup", "node", acquire_lock=False).id
+            client.backup(backup)
+        daemon.terminate()
+        database = registry_path.with_suffix(".db")
+        database.write_bytes(b"garbage" * 1000)
+        restored = run(registry_path, "restore", str(backup))
+        assert restored.returncode == 0, restored.stderr
+        assert "put aside" in restored.stdout
+        daemon.start()
+        with RegistryClient(registry_path, autostart=False) as client:
+            assert (client.lookup("arm"), client.lookup("only in the backup")) == (old.id, only)
+            again = client.resolve("arm", "node", wait=30)
+            assert old.fencing_token is not None and again.fencing_token is not None
+            assert again.fencing_token > old.fencing_token
+        daemon.terminate()
+        database.unlink()
+        daemon.start()
+        with RegistryClient(registry_path, autostart=False) as client:
+            fresh = client.resolve("arm", "node", acquire_lock=False).id
+        daemon.terminate()
+        merged = run(registry_path, "restore", str(backup))
+        assert merged.returncode == 0 and "conflict" in merged.stdout, merged.stderr
+        daemon.start()
+        with RegistryClient(registry_path, autostart=False) as client:
+            assert client.lookup("arm") == fresh
+            assert client.whois(old.id).state == "retired"
+        assert run(registry_path, "restore", str(registry_path)).returncode != 0
+        daemon.terminate()
+        assert run(registry_path, "verify").returncode == 0
+
+
+def test_restore_refuses_a_damaged_backup_and_changes_nothing(database: Path, registry_path: Path) -> None:
+    """A backup that is cut off or foreign is refused; the database stays as it was."""
+    before = database.read_bytes()
+    bad = database.with_name("bad.db")
+    bad.write_bytes(before[: len(before) // 2])
+    assert run(registry_path, "restore", str(bad)).returncode == 65
+    assert run(registry_path, "restore", str(bad.with_name("none"))).returncode == 73
+    assert database.read_bytes() == before
+
+
+def test_verify_finds_a_damaged_page(database: Path, registry_path: Path) -> None:
+    """Verify says what is wrong with a damaged database and ends with 65."""
+    whole = bytearray(database.read_bytes())
+    for page in range(2, len(whole) // 4096):
+        whole[page * 4096 + 100 : page * 4096 + 4000] = b"\xaa" * 3900
+    database.write_bytes(whole)
+    ended = run(registry_path, "verify")
+    assert ended.returncode == 65, (ended.stdout, ended.stderr)

@@ -1,0 +1,110 @@
+"""A client process for tests: calls of a RegistryClient as JSON lines on stdin, answers on stdout (helpers.Worker).
+
+Calls of its own: `losses(count, patience_s)` waits for so many on_lost callbacks and returns [[name, token], ...];
+`held(name)`, `ensure(name)` ask the last Registration of that name; `hello` answers its pid; `fork` forks a child that
+sleeps until the worker's stdin closes, and answers the child's pid.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from madsci_registry import RegistryClient, RegistryError
+from madsci_registry.types import ComponentType
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Obeyer:
+    """One client and what was granted to it."""
+
+    def __init__(self, registry: str) -> None:
+        self.client = RegistryClient(registry, timeout=10.0)
+        self.registrations: dict[str, Any] = {}
+        self.lost: list[list[Any]] = []
+        self.changed = threading.Condition()
+
+    def obey(self, call: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        own = getattr(self, f"do_{call}", None)
+        return own(*args, **kwargs) if own else shown(getattr(self.client, call)(*args, **kwargs))
+
+    def do_hello(self) -> int:
+        return os.getpid()
+
+    def do_resolve(self, name: str, component_type: ComponentType = "node", **kwargs: Any) -> dict[str, Any]:
+        registration = self.client.resolve(name, component_type, **kwargs)
+        at = time.monotonic()
+        self.registrations[name] = registration
+        registration.on_lost(self._note)
+        fields = ("id", "name", "component_type", "is_new", "source", "fencing_token", "held")
+        return {**{field: getattr(registration, field) for field in fields}, "at": at}
+
+    def do_losses(self, count: int, patience_s: float = 20.0) -> list[list[Any]]:
+        with self.changed:
+            self.changed.wait_for(lambda: len(self.lost) >= count, patience_s)
+            return list(self.lost)
+
+    def do_held(self, name: str) -> bool:
+        return bool(self.registrations[name].held)
+
+    def do_token(self, name: str) -> Any:
+        return self.registrations[name].fencing_token
+
+    def do_ensure(self, name: str) -> None:
+        self.registrations[name].ensure()
+
+    def do_fork(self) -> int:
+        with warnings.catch_warnings():  # forking a process with threads is what shall be tested
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)  # the child shall outlive this worker, not the test
+            os.read(0, 1)
+            os._exit(0)
+        return pid
+
+    def _note(self, registration: Any) -> None:
+        with self.changed:
+            self.lost.append([registration.name, registration.fencing_token])
+            self.changed.notify_all()
+
+
+def shown(value: Any) -> Any:
+    """Return a value of the client as JSON."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, (list, tuple)):
+        return [shown(item) for item in value]
+    if isinstance(value, RegistryError):
+        return {"error": value.to_wire()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def main() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    obeyer = Obeyer(sys.argv[1])
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            reply = {"ok": obeyer.obey(order["call"], order["args"], order["kwargs"])}
+        except RegistryError as error:
+            reply = {"error": error.to_wire()}
+        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.flush()
+    obeyer.client.close()
+
+
+if __name__ == "__main__":
+    main()
