@@ -42,6 +42,8 @@ class Connection:
         self.stamp_json = protocol.encode(self.stamp).decode().strip("{}")
         self.said_held = [_key_and_token(lock) for lock in welcome.get("held", [])]
         """What the daemon says this process holds: ((instance, name), fencing_token)."""
+        self.said_renamed: list[dict[str, Any]] = welcome.get("renamed", [])
+        """What of that was renamed while the connection was down."""
         self.broken = False
         self._broken_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:

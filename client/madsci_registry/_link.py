@@ -150,6 +150,9 @@ class Link:
 
     def _welcome(self, connection: Connection) -> Connection:
         """Take a connection into use: give back what nobody here knows, lose what the daemon does not hold."""
+        for line in connection.said_renamed:
+            key = Key(line["instance"], line["name"])
+            self.ledger.renamed(key, line["old_token"], line["to"], line["fencing_token"])
         strangers = self._give_back_unknown(connection, connection.said_held)
         self.ledger.reconcile(connection.said_held)
         self._connection = connection

@@ -6,6 +6,7 @@ The rules are those of service.py, which adds the verbs of locks to this class.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from madsci_registry import protocol as p
@@ -69,6 +70,18 @@ class Identities:
             "fencing_token": token,
         }
         tx.told.append(Told(lock.owner.session, line))
+
+    def renamed_away(self, session: str, holds: Sequence[p.Hold]) -> list[dict[str, Any]]:
+        """Say of what a resuming session believes to hold what it holds under another name by now."""
+        lines = []
+        for hold in holds:
+            before = self.store.name_row(hold.name)
+            moved = self.store.by_id(before.renamed_id) if before and before.renamed_id else None
+            if moved is None or moved.lock is None or moved.lock.owner != (session, hold.instance):
+                continue
+            line = {"name": hold.name, "to": moved.name, "instance": hold.instance}
+            lines.append(line | {"old_token": hold.fencing_token, "fencing_token": moved.lock.fencing_token})
+        return lines
 
     def retire(self, tx: Tx, who: Session, r: p.Retire) -> dict[str, Any]:
         """Take a free name out of use, its ULID kept."""

@@ -14,6 +14,7 @@ import logging
 import os
 import secrets
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -226,8 +227,8 @@ class Lifelines:
         try:
             self._admit(peer)
             session = self._resumed(peer, message) if isinstance(message, p.Resume) else None
-            if session is not None:
-                self._attach(line, session, peer, token=None)
+            if session is not None and isinstance(message, p.Resume):
+                self._attach(line, session, peer, holds=message.holds)
                 return
             token = message.token if isinstance(message, p.Resume) else secrets.token_hex(32)
             session = self._new_session(peer, token, message.client)
@@ -288,11 +289,19 @@ class Lifelines:
         service = self._registrar.service
 
         def done(result: Any) -> None:
-            self._attach(line, session, peer, token=None)
+            self._attach(line, session, peer, holds=message.holds)
 
         self._registrar.submit(Write(lambda tx: service.reassert(tx, session, message.holds), done))
 
-    def _attach(self, line: Lifeline, session: Session, peer: holders.Peer, *, token: str | None) -> None:
+    def _attach(
+        self,
+        line: Lifeline,
+        session: Session,
+        peer: holders.Peer,
+        *,
+        token: str | None = None,
+        holds: Sequence[p.Hold] = (),
+    ) -> None:
         if line.is_closed or session.presence is Presence.ENDED:
             if peer.pidfd is not None:
                 os.close(peer.pidfd)
@@ -317,6 +326,7 @@ class Lifelines:
                 "epoch": self._epoch,
                 "daemon": self._version,
                 "held": [{"name": n, "instance": i, "fencing_token": t} for n, i, t in held],
+                "renamed": self._registrar.service.renamed_away(session.id, holds),
             }
             | ({"token": token} if token else {})
         )

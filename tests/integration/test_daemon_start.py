@@ -12,8 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from conftest import Workers
 from helpers import DaemonProcess, environment, until
-from madsci_registry import NoSpaceError, RegistryClient
+from madsci_registry import (
+    BusyError,
+    HeldError,
+    NoSpaceError,
+    RegistryClient,
+    UnavailableError,
+    UnknownOutcomeError,
+)
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root (setpriv, mount)")
 
@@ -258,6 +266,36 @@ def test_start_on_a_full_disk_says_so(small_disk: Path) -> None:
     ended = run(small_disk / "registry.json")
     assert ended.returncode in (73, 75), ended.stderr
     assert "space" in ended.stderr
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace, to let fdatasync fail")
+def test_io_error_ends_the_daemon_and_holders_come_first_after_it(daemon: DaemonProcess, workers: Workers) -> None:
+    """A failed fsync is answered to nobody and ends the daemon with 74; the next one grants nothing until holders had
+    their time, and every living holder has its lock and token."""
+    holder = workers(MADSCI_REGISTRY_AUTOSTART="0")
+    held = holder.ask("resolve", "held")
+    with RegistryClient(daemon.registry, autostart=False, timeout=2.0) as client:
+        kept = client.resolve("kept", "node", acquire_lock=False).id
+        fails = ["strace", "-qq", "-p", str(daemon.pid), "-f", "-o", "/dev/null", "-e", "trace=fdatasync"]
+        tracer = subprocess.Popen([*fails, "-e", "inject=fdatasync:error=EIO"], stderr=subprocess.PIPE)
+        try:
+            until(lambda: "TracerPid:\t0" not in Path(f"/proc/{daemon.pid}/status").read_text(), "for strace")
+            with pytest.raises((UnknownOutcomeError, UnavailableError)):
+                client.resolve("unknown", "node", acquire_lock=False)
+            assert daemon.wait() == 74
+        finally:
+            tracer.kill()
+            tracer.communicate()
+        daemon.start()
+        assert client.lookup("kept") == kept
+        assert any("I/O error" in text for text in client.status()["degraded"])
+        with pytest.raises(BusyError):
+            client.resolve("kept", "node")
+        with pytest.raises(HeldError):
+            client.resolve("held", "node")
+        assert client.resolve("kept", "node", wait=30).held
+        assert holder.ask("held", "held") and client.get("held").fencing_token == held["fencing_token"]
+        assert client.status()["degraded"] == []
 
 
 def test_restore_brings_back_a_lost_database_and_reports_conflicts(registry_path: Path, tmp_path: Path) -> None:

@@ -138,6 +138,21 @@ def test_lock_broken_while_its_holder_is_frozen_is_told_when_it_goes_on(
             holder.ask("ensure", "arm")
 
 
+def test_holder_follows_a_rename_that_it_could_not_hear(daemon: DaemonProcess, workers: Workers) -> None:
+    """A held name that is renamed by force while its holder is cut off is held on, under the new name."""
+    holder = workers()
+    token = holder.ask("resolve", "arm")["fencing_token"]
+    holder.signal(signal.SIGSTOP)
+    daemon.restart()
+    with RegistryClient(daemon.registry, autostart=False) as operator:
+        operator.rename("arm", "hand", force=True)
+        holder.signal(signal.SIGCONT)
+        until(lambda: all(s.attached for s in operator.sessions()), "for the holder to resume")
+        assert holder.ask("held", "arm") and holder.ask("token", "arm") == token
+        assert operator.get("hand").fencing_token == token
+        assert not operator.resolve("arm", "node", acquire_lock=False).held
+
+
 def test_waiting_without_end_ends_with_the_grant(daemon: DaemonProcess, workers: Workers) -> None:
     """A waiter with an endless wait stays in the queue over a restart of the daemon, until it is its turn."""
     holder, waiter = workers(), workers()
