@@ -15,7 +15,6 @@ import os
 import secrets
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import ulid
@@ -33,16 +32,15 @@ from madsci_registryd.batch import Write
 from madsci_registryd.clock import iso
 from madsci_registryd.core import Core
 from madsci_registryd.handlers import hash_token
+from madsci_registryd.lifeline import Lifeline
 from madsci_registryd.locks import Presence, Session
-from madsci_registryd.loop import READ, WRITE, Loop, Turn
+from madsci_registryd.loop import Loop, Turn
 from madsci_registryd.sockets import ListeningPath
 
 log = logging.getLogger(__name__)
 
 HELLO_S = 2.0
 """How long a new connection may stay silent."""
-UNREAD_MAX_BYTES = 1 << 20
-"""What a client may leave unread before its connection is closed; it resumes and is told what it holds."""
 ACCEPT_PAUSE_S = 0.1
 ACCEPTS_A_TURN = 64
 
@@ -104,7 +102,7 @@ class Lifelines:
                 self._pause_listening(self._listener)
                 return
             sock.setblocking(False)
-            line = Lifeline(sock, self)
+            line = Lifeline(sock, self.loop, self)
             self._lines.add(line)
             self.loop.watch(sock.fileno(), Turn.LIFELINES, line.ready)
             self._timers.after(HELLO_S, line.check_hello)
@@ -343,80 +341,6 @@ class Lifelines:
         if self.is_dead(session):
             self._registrar.end_session(session, "its process died")
         self._registrar.drop(session)
-
-
-class Lifeline:
-    """One connection: lines in, lines out."""
-
-    def __init__(self, sock: socket.socket, lifelines: Lifelines) -> None:
-        self.sock = sock
-        self.session: Session | None = None
-        self.is_closed = False
-        self._lifelines = lifelines
-        self._in = bytearray()
-        self._out = bytearray()
-
-    def ready(self, events: int) -> None:
-        if events & WRITE:
-            self._flush()
-        if events & ~WRITE and not self.is_closed:
-            self._read()
-
-    def _read(self) -> None:
-        try:
-            data = self.sock.recv(65536)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.close()
-            return
-        self._in += data
-        while not self.is_closed and (end := self._in.find(b"\n")) >= 0:
-            text = bytes(self._in[:end])
-            del self._in[: end + 1]
-            self._lifelines.said(self, text)
-        if len(self._in) > p.LINE_MAX_BYTES:
-            self.send({"op": "refused", "error": InvalidError("line: too long", field="line").to_wire()})
-            self.close()
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Send a line; a client that does not read is cut off."""
-        if self.is_closed:
-            return
-        self._out += p.encode(message) + b"\n"
-        self._flush()
-        if len(self._out) > UNREAD_MAX_BYTES + p.LINE_MAX_BYTES:
-            self.close()
-
-    def _flush(self) -> None:
-        if self.is_closed:
-            return
-        with suppress(BlockingIOError):
-            try:
-                while self._out:
-                    del self._out[: self.sock.send(self._out)]
-            except BrokenPipeError:
-                self._out.clear()
-            except ConnectionResetError:
-                self._out.clear()
-        self._lifelines.loop.change(self.sock.fileno(), READ | WRITE if self._out else READ)
-
-    def check_hello(self) -> None:
-        if self.session is None:
-            self.close()
-
-    def close(self) -> None:
-        """Cut the connection, for whoever else has it open too. Idempotent."""
-        if self.is_closed:
-            return
-        self.is_closed = True
-        self._lifelines.loop.unwatch(self.sock.fileno())
-        with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
-        self.sock.close()
-        self._lifelines.closed(self)
 
 
 def _ignore(result: Any) -> None:

@@ -1,0 +1,100 @@
+"""One connection of a lifeline: lines of JSON in, lines of JSON out, never waiting for a peer."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+from typing import Any, Protocol
+
+from madsci_registry import protocol as p
+from madsci_registry.errors import InvalidError
+from madsci_registryd.locks import Session
+from madsci_registryd.loop import READ, WRITE, Loop
+
+UNREAD_MAX_BYTES = 1 << 20
+"""What a client may leave unread before its connection is closed; it resumes and is told what it holds."""
+
+
+class Owner(Protocol):
+    """Who is told what happens on a connection."""
+
+    def said(self, line: Lifeline, text: bytes) -> None:
+        """A whole line came."""
+
+    def closed(self, line: Lifeline) -> None:
+        """The connection has ended, from whichever side."""
+
+
+class Lifeline:
+    """One connection: lines in, lines out."""
+
+    def __init__(self, sock: socket.socket, loop: Loop, owner: Owner) -> None:
+        self.sock = sock
+        self.session: Session | None = None
+        self.is_closed = False
+        self._loop = loop
+        self._owner = owner
+        self._in = bytearray()
+        self._out = bytearray()
+
+    def ready(self, events: int) -> None:
+        if events & WRITE:
+            self._flush()
+        if events & ~WRITE and not self.is_closed:
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            data = self.sock.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        self._in += data
+        while not self.is_closed and (end := self._in.find(b"\n")) >= 0:
+            text = bytes(self._in[:end])
+            del self._in[: end + 1]
+            self._owner.said(self, text)
+        if len(self._in) > p.LINE_MAX_BYTES:
+            self.send({"op": "refused", "error": InvalidError("line: too long", field="line").to_wire()})
+            self.close()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a line; a client that does not read is cut off."""
+        if self.is_closed:
+            return
+        self._out += p.encode(message) + b"\n"
+        self._flush()
+        if len(self._out) > UNREAD_MAX_BYTES + p.LINE_MAX_BYTES:
+            self.close()
+
+    def _flush(self) -> None:
+        if self.is_closed:
+            return
+        with suppress(BlockingIOError):
+            try:
+                while self._out:
+                    del self._out[: self.sock.send(self._out)]
+            except BrokenPipeError:
+                self._out.clear()
+            except ConnectionResetError:
+                self._out.clear()
+        self._loop.change(self.sock.fileno(), READ | WRITE if self._out else READ)
+
+    def check_hello(self) -> None:
+        if self.session is None:
+            self.close()
+
+    def close(self) -> None:
+        """Cut the connection, for whoever else has it open too. Idempotent."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._loop.unwatch(self.sock.fileno())
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+        self._owner.closed(self)
