@@ -15,7 +15,7 @@ import click
 
 from madsci_registry.errors import RegistryError
 from madsci_registryctl import exits
-from madsci_registryctl.invocation import Command, Invocation, global_options, with_globals
+from madsci_registryctl.invocation import Command, Invocation, with_globals
 from madsci_registryctl.render import print_error, print_usage_error
 
 COMMANDS = {
@@ -114,8 +114,6 @@ def _aborted(abort: click.Abort) -> int:
     click.echo("Nothing was done.", err=True)
     return exits.OTHER
 
-
-__all__ = ["COMMANDS", "global_options", "main", "registryctl"]
 
 if __name__ == "__main__":
     sys.exit(main())

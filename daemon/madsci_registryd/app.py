@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from madsci_registry import protocol as p
 from madsci_registryd import database, holders
-from madsci_registryd.batch import Write
+from madsci_registryd.batch import Write, always
 from madsci_registryd.clock import SystemClock, iso
 from madsci_registryd.core import Core
 from madsci_registryd.faults import CorruptDatabase, StartFault, StorageFault, os_fault
@@ -230,7 +230,7 @@ class App:
         before = iso(self.clock.wall() - LOCK_EVENTS_KEPT_S)
         store = self.service.store
         self.registrar.submit(
-            Write(lambda tx: store.trim_lock_events(before, LOCK_EVENTS_KEPT, TRIM_ROWS), lambda r: None, light=True)
+            Write(lambda tx: store.trim_lock_events(before, LOCK_EVENTS_KEPT, TRIM_ROWS), lambda r: None, light=always)
         )
 
     def _end_grace(self) -> None:

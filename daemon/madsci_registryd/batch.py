@@ -26,13 +26,18 @@ from madsci_registryd.transaction import Tx
 log = logging.getLogger(__name__)
 
 
+def always() -> bool:
+    """A write that changes locks only is `light=always`."""
+    return True
+
+
 @dataclass
 class Write:
     """A step of a transaction and what to do with its result, or with the error that refused it."""
 
     do: Callable[[Tx], Any]
     done: Callable[[Any], None]
-    light: bool = False
+    light: Callable[[], bool] = lambda: False
     """It probably changes locks only, so that its commit need not be synced; if wrong, the batch is run again."""
 
 
@@ -54,7 +59,7 @@ class Batch:
 
         Raises: StorageFault after which nothing may be answered any more.
         """
-        durable = not all(w.light for w in writes)
+        durable = not all(w.light() for w in writes)
         try:
             tx, results = self._apply(writes, durable)
             if tx.durable and not durable:

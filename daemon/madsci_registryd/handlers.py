@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -89,7 +89,7 @@ class Handlers:
             who = self._session_of(request)
             handler = self._table[type(request)]
             if isinstance(handler, Change):
-                self._registrar.write(who, request, handler.verb, answer, light=handler.light(request))
+                self._registrar.write(who, request, handler.verb, answer, partial(handler.light, request))
             elif isinstance(handler, Parks):
                 handler.verb(who, request, answer)
             else:

@@ -28,7 +28,7 @@ from madsci_registry.errors import (
     SessionRequiredError,
 )
 from madsci_registryd import holders
-from madsci_registryd.batch import Write
+from madsci_registryd.batch import Write, always
 from madsci_registryd.clock import iso
 from madsci_registryd.core import Core
 from madsci_registryd.handlers import hash_token
@@ -203,7 +203,7 @@ class Lifelines:
     def _release(self, session: Session, message: p.LifelineRelease) -> None:
         service = self._registrar.service
         if message.name is None:
-            write = Write(lambda tx: service.release_instance(tx, session, message.instance), _ignore, light=True)
+            write = Write(lambda tx: service.release_instance(tx, session, message.instance), _ignore, light=always)
         else:
             request = p.Release(
                 token="",
@@ -213,7 +213,7 @@ class Lifelines:
                 instance=message.instance,
                 fencing_token=message.fencing_token or 0,
             )
-            write = Write(lambda tx: service.release(tx, session, request), _ignore, light=True)
+            write = Write(lambda tx: service.release(tx, session, request), _ignore, light=always)
         self._registrar.submit(write)
 
     def _begin(self, line: Lifeline, message: p.Hello | p.Resume) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from madsci_registry import protocol as p
 from madsci_registry.errors import NoSpaceError, RegistryError, UnavailableError
-from madsci_registryd.batch import Batch, Write
+from madsci_registryd.batch import Batch, Write, always
 from madsci_registryd.clock import Clock, Timers
 from madsci_registryd.locks import Claim, ClaimEvent, ClaimState, Presence, Queues, Session, claim_expires_at
 from madsci_registryd.reads import Reads
@@ -111,7 +111,7 @@ class Registrar:
             if session not in tx.ended and session.presence is not Presence.ENDED:
                 self.service.end_session(tx, session, why)
 
-        self.submit(Write(do, done, light=True))
+        self.submit(Write(do, done, light=always))
 
     # requests
 
@@ -123,7 +123,9 @@ class Registrar:
     def has_work(self) -> bool:
         return bool(self._writes)
 
-    def write(self, who: Session, request: Any, verb: Callable[..., Any], answer: Answer, *, light: bool) -> None:
+    def write(
+        self, who: Session, request: Any, verb: Callable[..., Any], answer: Answer, light: Callable[[], bool]
+    ) -> None:
         """Run a verb of the service in the next batch and answer after its commit."""
 
         def done(result: Any) -> None:
@@ -145,7 +147,7 @@ class Registrar:
             self.drop_claim(claim)
         for watcher in [w for w in self._watchers if (w[2], w[0].seq) == (who, seq)]:
             self._watchers.remove(watcher)
-        self.submit(Write(lambda tx: self.service.cancel(tx, who, seq), _log_refusal, light=True))
+        self.submit(Write(lambda tx: self.service.cancel(tx, who, seq), _log_refusal, light=always))
 
     def watch(self, who: Session, r: p.Watch, answer: Answer) -> None:
         """Answer the events after a revision as soon as there are any, an empty list when the time is over."""
@@ -234,7 +236,7 @@ class Registrar:
     def reconsider(self, name: str) -> None:
         """Let the next batch look whether a name is free for who waits for it."""
         if self.queues.count(name):
-            self.submit(Write(lambda tx: tx.freed.append(name), _log_refusal, light=True))
+            self.submit(Write(lambda tx: tx.freed.append(name), _log_refusal, light=always))
 
     def _answer(self, claim: Claim, reply: dict[str, Any]) -> None:
         answer = self._parked.pop(claim.key, None)

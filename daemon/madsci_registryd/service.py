@@ -84,14 +84,14 @@ class Service(Identities):
             raise RegistryTimeoutError("the request was withdrawn before it was run; nothing changed")
         row = self._known(r)
         if not r.acquire_lock:
-            return self._identity(tx, who, r, row)
+            return self._identity(tx, who, r, row)[1]
         owner = Owner(who.id, r.instance)
         claim = self.queues.find(who.id, r.seq)
         if claim is not None and (claim.name, claim.owner) != (r.name, owner):
             raise InvalidError("seq: belongs to another request that waits", field="seq", reason="used already")
         holder = row.lock.owner if row and row.lock else None
         if claim is not None:
-            return self._renew(tx, who, r, claim, holder)
+            return self._renew(tx, who, r, claim, row)
         ahead = len(self._claims(tx, r.name))
         may_wait = r.wait_s > 0 or r.renew
         verdict = decide(holder, owner, ahead=ahead, may_wait=may_wait)
@@ -102,21 +102,22 @@ class Service(Identities):
         if verdict is Verdict.HELD:
             raise held_by(self.session, self.host, r.name, row, who, waiting=ahead)
         if verdict is Verdict.SAME:
-            return self._take(tx, who, r)
+            return self._take(tx, who, r, row)
         new = Claim(r.name, owner, r.seq, r, tx.monotonic + r.wait_s)
         if verdict is Verdict.GRANT:
             if self._stage.begin(new):
-                return self._take(tx, who, r)
+                return self._take(tx, who, r, row)
             new.move(ClaimEvent.TURN)
         tx.waiting.append(new)
         return PARKED
 
-    def _renew(self, tx: Tx, who: Session, r: p.Resolve, claim: Claim, holder: Owner | None) -> Reply:
+    def _renew(self, tx: Tx, who: Session, r: p.Resolve, claim: Claim, row: Row | None) -> Reply:
         """Keep a waiter's place for another request of its chain."""
         claim.request, claim.answer_at = r, tx.monotonic + r.wait_s
-        if holder == claim.owner:
-            tx.settled.append((claim, self._take(tx, who, r)))
-        elif holder is None:
+        lock = row.lock if row else None
+        if lock is not None and lock.owner == claim.owner:
+            tx.settled.append((claim, self._take(tx, who, r, row)))
+        elif lock is None:
             tx.freed.append(r.name)  # it may have been passed over while nobody could tell it
         return PARKED
 
@@ -156,13 +157,12 @@ class Service(Identities):
             merged(row, r.metadata, ())
         return row
 
-    def _take(self, tx: Tx, who: Session, r: p.Resolve) -> dict[str, Any]:
+    def _take(self, tx: Tx, who: Session, r: p.Resolve, row: Row | None) -> dict[str, Any]:
         """Answer with the identity and with its lock, granted here unless the owner has it."""
-        answer = self._identity(tx, who, r, self._known(r))
-        row = self.store.by_name(r.name)
-        assert row is not None
+        row, answer = self._identity(tx, who, r, row)
         lock = row.lock or self._grant(tx, who, row, r)
-        return answer | {"fencing_token": lock.fencing_token, "acquired_at": lock.acquired_at}
+        answer["fencing_token"], answer["acquired_at"] = lock.fencing_token, lock.acquired_at
+        return answer
 
     def _grant(self, tx: Tx, who: Session, row: Row, r: p.Resolve) -> Lock:
         token = self._next_token(tx, row.last_token)
@@ -173,8 +173,8 @@ class Service(Identities):
         tx.granted.append(who)
         return Lock(owner, token, tx.now, r.seq)
 
-    def _identity(self, tx: Tx, who: Session, r: p.Resolve, row: Row | None) -> dict[str, Any]:
-        """Make, revive or merge as needed and return the answer without its lock."""
+    def _identity(self, tx: Tx, who: Session, r: p.Resolve, row: Row | None) -> tuple[Row, dict[str, Any]]:
+        """Make, revive or merge as needed and return the component and the answer without its lock."""
         if row is None:
             row = self._create(tx, who, r)
         else:
@@ -186,7 +186,7 @@ class Service(Identities):
             if not r.acquire_lock:
                 self.store.set_last_seen(row.id, tx.now)
         is_new = row.created_by == (who.id, r.seq)
-        return {
+        return row, {
             "id": row.id,
             "name": row.name,
             "component_type": row.component_type,
@@ -198,12 +198,15 @@ class Service(Identities):
         }
 
     def _create(self, tx: Tx, who: Session, r: p.Resolve) -> Row:
-        id = self._new_id()
         text = check_metadata(r.metadata or {})
         self._store_session(tx, who)
-        self.store.add_component(id, r.name, r.component_type, tx.now, text, created_by=(who.id, r.seq))
-        row = self.store.by_name(r.name)
-        assert row is not None
+        made_by = who.id, r.seq
+        before = self.store.name_row(r.name)
+        last_token = before.last_token if before else 0
+        row = Row(
+            self._new_id(), r.name, r.component_type, False, tx.now, tx.now, text, made_by, last_token, None, None
+        )
+        self.store.add_component(row.id, r.name, r.component_type, tx.now, text, created_by=made_by)
         self._event(tx, who, "created", row, component_type=r.component_type, metadata=json.loads(text))
         tx.durable = True
         return row
@@ -250,7 +253,7 @@ class Service(Identities):
         who = self.session(claim.owner.session)
         assert who is not None
         try:
-            tx.settled.append((claim, self._take(tx, who, claim.request)))
+            tx.settled.append((claim, self._take(tx, who, claim.request, self._known(claim.request))))
         except RegistryError as error:  # the world changed while it waited: another type, a full metadata
             tx.settled.append((claim, error))
             tx.freed.append(claim.name)

@@ -136,7 +136,8 @@ class Store:
     def add_lock(self, row: Row, owner: Owner, token: int, now: str, seq: int) -> None:
         self._run(q.ADD_LOCK, (row.id, owner.session, owner.instance, token, now, seq))
         self._run(q.RAISE_TOKEN, (token, row.name))
-        self._run(q.SET_LAST_SEEN, (now, row.id))
+        if row.last_seen != now:
+            self._run(q.SET_LAST_SEEN, (now, row.id))
 
     def move_lock_token(self, id: str, name: str, token: int) -> None:
         """Give the lock of component `id`, now called `name`, this token."""
