@@ -160,6 +160,7 @@ class App:
         try:
             while self.why_stop is None:
                 self._turn()
+            self._turn()  # what was said before the stop is still done: a release must not be lost
         except (StorageFault, database.DatabaseError) as error:
             self._die(error)
         log.info("stopping: %s", self.why_stop)
@@ -168,7 +169,7 @@ class App:
     def _turn(self) -> None:
         timeout_s = self.timers.run_due()
         self.registrar.commit()
-        self.loop.turn(0 if self.server.has_input() else timeout_s)
+        self.loop.turn(0 if self.why_stop or self.server.has_input() else timeout_s)
         self.server.drain(self.core.handlers.request)
         self.registrar.commit()
 

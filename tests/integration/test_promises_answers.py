@@ -189,3 +189,17 @@ def _answer(worker: Any) -> str:
     except errors.RegistryError as error:
         return error.code
     return "ok"
+
+
+def test_release_said_before_a_stop_is_done(daemon: DaemonProcess, raw: Raw) -> None:
+    """What a client said on its lifeline before the daemon was told to stop is done before it ends."""
+    ok = raw.ask("resolve", name="arm", component_type="node", instance="i")["ok"]
+    daemon.signal(signal.SIGSTOP)
+    line = {"op": "release", "instance": "i", "name": "arm", "fencing_token": ok["fencing_token"]}
+    raw.stream.sendall(json.dumps(line).encode() + b"\n")
+    daemon.signal(signal.SIGTERM)
+    daemon.signal(signal.SIGCONT)
+    assert daemon.wait() == 0
+    daemon.start()
+    with RegistryClient(daemon.registry, autostart=False) as client:
+        assert not client.get("arm").locked
