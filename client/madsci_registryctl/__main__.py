@@ -5,6 +5,7 @@ A command's module is imported only when it is asked for: `registryctl lookup` i
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -76,6 +77,7 @@ def registryctl() -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command line (None: the process's own) and return its exit status, see `exits`."""
+    logging.getLogger("madsci_registry").addHandler(logging.NullHandler())  # what it warns of, we say ourselves
     words = list(sys.argv[1:] if args is None else args)
     invocation = Invocation()
     _escape_unprintable()

@@ -66,8 +66,11 @@ class App:
         after_error = notes.get("io_error") == holders.boot_id()
         if after_error:
             self._check_after_error()
-        self._build()
-        self.core.begin(VERSION, self._judge)
+        try:
+            self._build()
+            self.core.begin(VERSION, self._judge)
+        except database.DatabaseError as error:
+            raise database.start_fault(error, self.places.database) from error
         if after_error:
             self.service.no_grants_before = self.clock.monotonic() + p.GRACE_S
         self.instance.note(

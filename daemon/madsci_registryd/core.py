@@ -51,6 +51,7 @@ class Core:
         reads = Reads(self.service, sessions.values, clock, status)
         self.registrar.open(self.service, reads, Batch(db, self.service, clock, self._is_dead, str(database)))
         self.backups = Backups(db, database)
+        self.registrar.at_end.append(self.backups.end)
         self.handlers = Handlers(self.registrar, Imports(self.registrar), self.backups, self.epoch)
 
     def _is_dead(self, session: Session) -> bool:

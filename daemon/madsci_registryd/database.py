@@ -15,7 +15,15 @@ from pathlib import Path
 import apsw
 
 from madsci_registryd import migrations
-from madsci_registryd.faults import BadConfiguration, CannotCreate, CorruptDatabase, DiskFull, NoPermission, StartFault
+from madsci_registryd.faults import (
+    BadConfiguration,
+    CannotCreate,
+    CorruptDatabase,
+    DiskFull,
+    NoPermission,
+    NotOurDatabase,
+    StartFault,
+)
 
 Connection = apsw.Connection
 DatabaseError = apsw.Error
@@ -74,7 +82,7 @@ def check_header(path: Path) -> None:
     if application_id == 0 and user_version == 0 and (pages <= 1 and not cells or Path(f"{path}-wal").exists()):
         return  # a first start that was cut off; _ensure_schema looks whether anything is in it
     if application_id != migrations.APPLICATION_ID:
-        raise CorruptDatabase(f"{path} belongs to another program; it was left as it is", path=str(path))
+        raise NotOurDatabase(f"{path} belongs to another program; it was left as it is", path=str(path))
     _check_version(user_version, path)
 
 
@@ -146,7 +154,7 @@ def sqlite_version() -> str:
 def _ensure_schema(db: apsw.Connection, path: Path) -> None:
     if db.pragma("application_id") == 0 and db.pragma("user_version") == 0:
         if db.execute("SELECT count(*) FROM sqlite_schema").fetchone() != (0,):
-            raise CorruptDatabase(f"{path} belongs to another program; it was left as it is", path=str(path))
+            raise NotOurDatabase(f"{path} belongs to another program; it was left as it is", path=str(path))
         migrations.create(db)
         sync_folder(path.parent)
     _check_version(int(str(db.pragma("user_version"))), path)
@@ -155,7 +163,7 @@ def _ensure_schema(db: apsw.Connection, path: Path) -> None:
 
 def _check_version(found: int, path: Path) -> None:
     if found > migrations.VERSION:
-        raise CorruptDatabase(
+        raise NotOurDatabase(
             f"{path} has schema {found}, this program knows {migrations.VERSION}: it was written by a newer "
             "madsci-registryd; install that one again, or restore a backup made before the upgrade",
             path=str(path),
@@ -206,5 +214,5 @@ def start_fault(error: apsw.Error, path: Path) -> StartFault:
             return NoPermission(f"{path} is read-only for uid {os.geteuid()}", path=where)
         return CannotCreate(f"{path} cannot be opened for writing: {error}", path=where)
     if isinstance(error, apsw.BusyError):
-        return CorruptDatabase(f"{path} is open in another program; close that and start again", path=where)
+        return NotOurDatabase(f"{path} is open in another program; close that and start again", path=where)
     return StartFault(f"{path} cannot be opened: {error}", path=where)

@@ -24,10 +24,14 @@ class StartFault(Exception):
 
 
 class CorruptDatabase(StartFault):
-    """The database is damaged, not ours, or newer than this program."""
+    """The database is damaged."""
 
     status = 65
     error_class = errors.CorruptError
+
+
+class NotOurDatabase(CorruptDatabase):
+    """The database is another program's, newer than this program, or open elsewhere: nothing is wrong with it."""
 
 
 class AlreadyServed(StartFault):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from madsci_registry import protocol as p
-from madsci_registry.errors import ConflictError, NameTakenError, NotFoundError
+from madsci_registry.errors import ConflictError, InvalidError, NameTakenError, NotFoundError
 from madsci_registry.names import check_metadata, check_name
 from madsci_registryd.clock import instant
 from madsci_registryd.locks import Queues, Session
@@ -90,7 +90,10 @@ class Identities:
             return self._unchanged(row)
         if row.lock is not None:
             raise held_by(self.session, self.host, r.name, row, who, waiting=self.queues.count(r.name))
-        if r.unseen_since is not None and row.last_seen >= r.unseen_since:
+        limit = instant(r.unseen_since)
+        if r.unseen_since is not None and limit is None:
+            raise InvalidError("unseen_since: is no instant", field="unseen_since", reason="is no ISO 8601 instant")
+        if limit is not None and row.last_seen >= limit:
             raise ConflictError(f"{r.name!r} was seen at {row.last_seen}", name=r.name, id=row.id)
         self._set_retired(tx, who, row, True)
         return {"component": self._component(r.name), "changed": True}

@@ -73,7 +73,7 @@ class Lifelines:
         self._boot_id = holders.boot_id()
         self._namespace = holders.pid_namespace()
         self._registrar.tell = self.tell
-        self._registrar.forget = self.forget
+        self._registrar.at_end.append(self.forget)
         self._registrar.is_dead = self.is_dead
 
     # listening

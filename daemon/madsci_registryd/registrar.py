@@ -41,8 +41,8 @@ class Registrar:
         self._parked: dict[tuple[str, int], Answer] = {}
         self._watchers: list[tuple[p.Watch, float, Session, Answer]] = []
         self.tell: Callable[[str, dict[str, Any]], None] = lambda session, line: None
-        self.forget: Callable[[Session], None] = lambda session: None
-        """What the lifelines do when a session has ended: close its connection and its pidfd."""
+        self.at_end: list[Callable[[Session], None]] = []
+        """Called when a session has ended: what others keep for it goes."""
         self.is_dead: Callable[[Session], bool] = lambda session: False
 
     def open(self, service: Service, reads: Reads, batch: Batch) -> None:
@@ -105,7 +105,8 @@ class Registrar:
             for claim in self.queues.of_session(session.id):
                 self.drop_claim(claim)
             self._watchers = [w for w in self._watchers if w[2] is not session]
-            self.forget(session)
+            for forget in self.at_end:
+                forget(session)
 
         def do(tx: Tx) -> None:
             if session not in tx.ended and session.presence is not Presence.ENDED:

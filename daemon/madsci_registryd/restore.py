@@ -18,7 +18,7 @@ from typing import Any
 from madsci_registry.names import is_ulid
 from madsci_registryd import database, holders
 from madsci_registryd.clock import SystemClock, iso
-from madsci_registryd.faults import CannotCreate, CorruptDatabase, DiskFull, os_fault
+from madsci_registryd.faults import CannotCreate, CorruptDatabase, DiskFull, NotOurDatabase, os_fault
 from madsci_registryd.imports import entry_fault
 from madsci_registryd.instance import InstanceLock
 from madsci_registryd.settings import Places, Settings
@@ -107,6 +107,8 @@ def _is_whole(path: Path) -> bool:
         return False
     try:
         db = database.open_database(path)
+    except NotOurDatabase:
+        raise  # sound, but not to be replaced
     except CorruptDatabase:
         return False
     try:

@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,10 +120,8 @@ def test_something_else_at_the_sockets_path_is_not_removed(registry_path: Path) 
 
 
 @AS_ROOT
-@pytest.mark.parametrize(("folder_mode", "database_mode", "status"), [(0o555, None, 73), (0o777, 0o400, 77)])
-def test_start_without_rights_says_so(
-    database: Path, registry_path: Path, folder_mode: int, database_mode: int | None, status: int
-) -> None:
+@pytest.mark.parametrize(("folder_mode", "database_mode"), [(0o555, None), (0o777, 0o400)])
+def test_start_without_rights_says_so(database: Path, folder_mode: int, database_mode: int | None) -> None:
     """A folder or database that may not be written is status 73 or 77, with the path in the message."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     try:
@@ -138,9 +137,9 @@ def test_start_without_rights_says_so(
         command = DaemonProcess(folder / "registry.json").command()
         dropped = ["setpriv", "--reuid=65533", "--regid=65533", "--clear-groups", *command]
         ended = subprocess.run(dropped, capture_output=True, text=True, timeout=60, env=environment(), check=False)
-        if "setpriv" in ended.stderr or "Permission denied" in ended.stderr.split("\n")[0] and "python" in ended.stderr:
+        if ended.returncode in (126, 127) or "setpriv" in ended.stderr or "No module named" in ended.stderr:
             pytest.skip("this machine's Python may not be run by another user")
-        assert ended.returncode in (status, 77, 73), ended.stderr
+        assert ended.returncode in (73, 77), ended.stderr
         assert str(folder) in ended.stderr
     finally:
         folder.chmod(0o700)
@@ -184,8 +183,6 @@ def test_run_folder_removed_is_made_again_and_locks_stay(daemon: DaemonProcess) 
             until(lambda: daemon.lifeline.exists() and daemon.socket.exists(), "for the sockets")
         assert held.held and client.get("arm").fencing_token == held.fencing_token
         command = ["-m", "madsci_registryctl", "--registry", str(daemon.registry), "lookup", "arm"]
-        import sys
-
         found = subprocess.run(
             [sys.executable, *command], capture_output=True, text=True, timeout=60, env=environment(), check=False
         )
@@ -335,6 +332,50 @@ def test_restore_brings_back_a_lost_database_and_reports_conflicts(registry_path
         assert run(registry_path, "verify").returncode == 0
 
 
+def damaged_behind_its_header(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    for page in range(1, len(whole) // 4096):
+        whole[page * 4096 : page * 4096 + 4000] = b"\xaa" * 4000
+    path.write_bytes(whole)
+
+
+def test_start_on_a_damaged_page_is_65_and_not_a_traceback(database: Path, registry_path: Path) -> None:
+    """Damage that is only found while the daemon starts is status 65, told like any other."""
+    damaged_behind_its_header(database)
+    ended = run(registry_path)
+    assert ended.returncode == 65 and "Traceback" not in ended.stderr, ended.stderr
+
+
+@pytest.mark.parametrize("spoil", [other_program, newer])
+def test_restore_does_not_replace_a_sound_database_that_is_not_ours(
+    database: Path, registry_path: Path, tmp_path: Path, spoil: object
+) -> None:
+    """A foreign or newer database is not taken for a damaged one: restore refuses and leaves it."""
+    backup = tmp_path / "backup.db"
+    shutil.copy(database, backup)
+    spoil(database)  # type: ignore[operator]
+    before = database.read_bytes()
+    assert run(registry_path, "restore", str(backup)).returncode == 65
+    assert database.read_bytes() == before
+
+
+def test_backup_of_a_dead_client_is_given_up(daemon: DaemonProcess, tmp_path: Path) -> None:
+    """Clients that die in the middle of a backup do not keep the next one from being made."""
+    with RegistryClient(daemon.registry, autostart=False) as client:
+        begins = (
+            "import sys; from madsci_registry import RegistryClient; c = RegistryClient(sys.argv[1], autostart=False);"
+            "c._shared().ask(c._ask_read({'op': 'backup'})); print('begun', flush=True); sys.stdin.read()"
+        )
+        for _ in range(3):
+            command = [sys.executable, "-c", begins, str(daemon.registry)]
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as dying:
+                assert dying.stdout is not None
+                assert dying.stdout.readline() == b"begun\n"
+                dying.kill()
+            until(lambda: len(client.sessions()) == 1, "for the session to end")
+        assert client.backup(tmp_path / "whole.db") > 0
+
+
 def test_restore_refuses_a_damaged_backup_and_changes_nothing(database: Path, registry_path: Path) -> None:
     """A backup that is cut off or foreign is refused; the database stays as it was."""
     before = database.read_bytes()
@@ -347,9 +388,6 @@ def test_restore_refuses_a_damaged_backup_and_changes_nothing(database: Path, re
 
 def test_verify_finds_a_damaged_page(database: Path, registry_path: Path) -> None:
     """Verify says what is wrong with a damaged database and ends with 65."""
-    whole = bytearray(database.read_bytes())
-    for page in range(2, len(whole) // 4096):
-        whole[page * 4096 + 100 : page * 4096 + 4000] = b"\xaa" * 3900
-    database.write_bytes(whole)
+    damaged_behind_its_header(database)
     ended = run(registry_path, "verify")
     assert ended.returncode == 65, (ended.stdout, ended.stderr)
