@@ -174,8 +174,20 @@ def test_cancel_of_the_first_waiter_lets_the_next_one_have_a_free_name(pair: Pai
     assert waits.code == "ok"
 
 
-def test_no_grant_to_the_dead(pair: Pair) -> None:
-    """A waiter that died unnoticed is passed over, and one that dies while it is granted holds nothing after it."""
+def test_no_grant_to_the_dead(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After no commit does a dead session hold a name that it was granted in it: a waiter that died unnoticed is
+    passed over, and one that dies while it is granted loses it in the same transaction."""
+    registrar = pair.core.registrar
+    run = registrar._batch.run
+
+    def checked(writes: Any) -> Any:
+        before = {s for (s,) in pair.core.db.execute("SELECT session_id FROM locks")}
+        tx = run(writes)
+        after = {s for (s,) in pair.core.db.execute("SELECT session_id FROM locks")}
+        assert not (after - before) & pair.dead
+        return tx
+
+    monkeypatch.setattr(registrar._batch, "run", checked)
     a, b, c = (pair.session(name) for name in "abc")
     a.resolve("arm")
     b.resolve("arm", wait_s=9.0)
@@ -183,9 +195,10 @@ def test_no_grant_to_the_dead(pair: Pair) -> None:
     b.die()
     a.ended()
     assert waits.code == "ok"
-    pair.dead.add("c2")
-    c2 = pair.session("c2")
-    c2.resolve("other")
+    assert "b" not in {e["session"] for e in c.send("history").ok()["events"] if e["kind"] == "granted"}
+    dying = pair.session("dying")
+    dying.die()
+    dying.resolve("other")
     assert not a_component(pair, "other")["locked"]
 
 
@@ -664,6 +677,31 @@ def test_full_disk_is_no_space_for_writes_only_and_heals(pair: Pair) -> None:
     pair.wait(1.0)
     assert not b.get("arm")["locked"]
     assert b.resolve("arm").code == "ok"
+
+
+def test_identities_are_synced_and_locks_need_not_be(pair: Pair) -> None:
+    """What changes an identity is committed with synchronous=FULL, grants and releases of known names with NORMAL."""
+    full, normal = 2, 1
+
+    def synchronous() -> Any:
+        return pair.core.db.pragma("synchronous")
+
+    a = pair.session("a")
+    token = a.resolve("arm").ok()["fencing_token"]
+    assert synchronous() == full, "a new name"
+    a.release("arm", token)
+    assert synchronous() == normal, "a release"
+    id = a.resolve("arm").ok()["id"]
+    assert synchronous() == normal, "a grant of a known name"
+    a.resolve("arm", metadata={"x": 1})
+    assert synchronous() == full, "new metadata"
+    a.ended()
+    assert synchronous() == normal, "a death"
+    b = pair.session("b")
+    b.send("retire", name="arm", id=id).ok()
+    assert synchronous() == full, "a retirement"
+    b.resolve("arm").ok()
+    assert synchronous() == full, "a revival, although the name is known"
 
 
 def test_sessions_that_only_read_leave_no_row(pair: Pair) -> None:
