@@ -71,6 +71,7 @@ class Pair:
 
     def restart(self) -> None:
         """End the daemon and start it again; sessions are detached until they resume."""
+        self.core.registrar.close()
         self.core.close()
         self._open()
 

@@ -12,7 +12,7 @@ from typing import Any
 from madsci_registry import protocol
 from madsci_registry._ask import Ask, Moved, Start
 from madsci_registry._session import Session
-from madsci_registry.errors import BusyError
+from madsci_registry.errors import BusyError, InternalError
 from madsci_registry.types import ImportedEntry, ImportReport
 
 PIECE_ITEMS = 500
@@ -122,6 +122,8 @@ def _receive_over(session: Session, file: int, read: Callable[[dict[str, Any]], 
         size_bytes += len(data)
         cursor = reply["cursor"]
         if cursor is None:
+            if size_bytes != reply["total_bytes"]:
+                raise InternalError(f"{size_bytes} bytes came of a backup of {reply['total_bytes']}")
             return size_bytes
         if not data:
             time.sleep(COPY_PAUSE_S)

@@ -223,9 +223,9 @@ class Ledger:
         """The component of a lock has another name now; False: we do not want that lock (any more)."""
         grant = self._grants.get(key)
         if grant is not None and grant.fencing_token == old_token and grant.held:
+            self._grants.pop(key, None)
             grant.place = (Key(key.instance, to), token)
             self._grants[grant.key] = grant
-            self._grants.pop(key, None)
             return grant.held
         calls = [call for call in list(self._calls) if call.asks_for(key)]
         for call in calls:

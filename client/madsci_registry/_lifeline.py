@@ -21,6 +21,8 @@ from madsci_registry._transport import Channel, Reach
 from madsci_registry.errors import PermissionDeniedError, RegistryTimeoutError, UnavailableError, from_wire
 
 _READ_BYTES = 65536
+WELCOME_MAX_BYTES = 64 << 20
+"""The daemon's longest line: a welcome that lists 200,000 locks."""
 
 _open_sockets: set[socket.socket] = set()
 
@@ -119,7 +121,7 @@ class _Stream:
     def read_line(self, deadline: float | None = None) -> bytes | None:
         """Return the next line, None at the end. Raises OSError, ValueError for an endless line."""
         while (end := self._buffer.find(b"\n")) < 0:
-            if len(self._buffer) > protocol.LINE_MAX_BYTES:
+            if len(self._buffer) > WELCOME_MAX_BYTES:
                 raise ValueError("a line of the daemon is too long")
             if deadline is not None:
                 self._socket.settimeout(_left_s(deadline))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from madsci_registry import protocol as p
-from madsci_registry.errors import BusyError, InvalidError, NoSpaceError
+from madsci_registry.errors import BusyError, ConflictError, InvalidError, NoSpaceError
 from madsci_registryd.database import Connection, DiskFullError
 from madsci_registryd.locks import Session
 
@@ -21,6 +21,8 @@ STEP_PAGES = 256
 """1 MiB a request: holds the loop for about a millisecond."""
 CHUNK_BYTES = 512 * 1024
 """A page of data: two thirds of a frame as base64."""
+SPAN = 1 << 40
+"""A cursor is number * SPAN + offset, below 2^53: one backup's cursor means nothing to another."""
 COPIES = 2
 """Backups under way at once."""
 
@@ -28,7 +30,8 @@ COPIES = 2
 class Copy:
     """One backup: a private file that has no name any more and goes with this object."""
 
-    def __init__(self, db: Connection, path: Path) -> None:
+    def __init__(self, db: Connection, path: Path, number: int) -> None:
+        self.number = number
         path.unlink(missing_ok=True)
         self._copy = Connection(str(path))
         try:
@@ -73,6 +76,7 @@ class Backups:
         self._db = db
         self._database = database
         self._copies: dict[str, Copy] = {}
+        self._number = 0
         sweep(database)
 
     def backup(self, who: Session, r: p.Backup) -> dict[str, Any]:
@@ -83,12 +87,15 @@ class Backups:
                 if len(self._copies) >= COPIES:
                     raise BusyError(f"{COPIES} backups are under way already")
                 path = self._database.with_name(f"{self._database.name}.copy-{who.id}")
-                self._copies[who.id] = Copy(self._db, path)
+                self._number = self._number % 8191 + 1
+                self._copies[who.id] = Copy(self._db, path, self._number)
             copy = self._copies.get(who.id)
+            if r.cursor is not None and copy is not None and r.cursor // SPAN != copy.number:
+                raise ConflictError("this session began another backup meanwhile; one at a time")
             if copy is None:
                 raise InvalidError("cursor: no backup is under way in this session", field="cursor", reason="unknown")
             if not copy.step():
-                return {"cursor": 0, "data": "", "total_bytes": 0}
+                return {"cursor": copy.number * SPAN, "data": "", "total_bytes": 0}
         except DiskFullError:
             self.end(who)
             raise NoSpaceError("no space for the copy", path=str(self._database.parent)) from None
@@ -96,13 +103,17 @@ class Backups:
 
     def _send(self, who: Session, copy: Copy, cursor: int | None) -> dict[str, Any]:
         if cursor is None:
-            return {"cursor": 0, "data": "", "total_bytes": copy.total_bytes}
-        data = copy.chunk(cursor)
-        end = cursor + len(data)
+            return {"cursor": copy.number * SPAN, "data": "", "total_bytes": copy.total_bytes}
+        data = copy.chunk(cursor % SPAN)
+        end = cursor % SPAN + len(data)
         total = copy.total_bytes
         if end >= total:
             self.end(who)
-        return {"cursor": end if end < total else None, "data": base64.b64encode(data).decode(), "total_bytes": total}
+        return {
+            "cursor": copy.number * SPAN + end if end < total else None,
+            "data": base64.b64encode(data).decode(),
+            "total_bytes": total,
+        }
 
     def end(self, who: Session) -> None:
         """Forget a session's backup, if it has one."""

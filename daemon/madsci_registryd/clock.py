@@ -43,11 +43,12 @@ def instant(text: Any) -> str | None:
         return None
     try:
         when = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    except ValueError:
+        if when.tzinfo is None:
+            when = when.replace(tzinfo=timezone.utc)
+        when = when.astimezone(timezone.utc)
+    except (ValueError, OverflowError):
         return None
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=timezone.utc)
-    return when.astimezone(timezone.utc).strftime(_FORMAT)
+    return when.strftime(_FORMAT) if when.year >= 1000 else None  # below that, text would not sort as time
 
 
 class Timers:

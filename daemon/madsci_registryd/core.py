@@ -80,7 +80,6 @@ class Core:
                 judge(tx, session)
 
     def close(self) -> None:
-        """Answer who waits that the daemon stops, and close the database; locks stay in it for the next start."""
-        self.registrar.close()
+        """Close the database; locks stay in it for the next start."""
         self.backups.close()
         self.db.close()

@@ -79,6 +79,9 @@ class Identities:
             moved = self.store.by_id(before.renamed_id) if before and before.renamed_id else None
             if moved is None or moved.lock is None or moved.lock.owner != (session, hold.instance):
                 continue
+            now = self.store.by_name(hold.name)
+            if now is not None and now.lock is not None and now.lock.owner == moved.lock.owner:
+                continue  # it holds that name too, or again: the rename is an old story
             line = {"name": hold.name, "to": moved.name, "instance": hold.instance}
             lines.append(line | {"old_token": hold.fencing_token, "fencing_token": moved.lock.fencing_token})
         return lines

@@ -16,14 +16,13 @@ from madsci_registry.types import COMPONENT_TYPES
 from madsci_registryd.batch import Write
 from madsci_registryd.clock import instant
 from madsci_registryd.locks import Session
+from madsci_registryd.reads import cut_page
 from madsci_registryd.registrar import Answer, Registrar
 from madsci_registryd.service import Service
 from madsci_registryd.transaction import Tx
 
 UPLOAD_MAX_BYTES = 64 << 20
 """All pieces of one import: 200,000 entries of 300 bytes, the quota of names."""
-REPORT_PAGE = 2000
-"""Lines of a report in one frame: a line is at most 255 bytes of name and 200 of reason."""
 UPLOADS_A_SESSION = 4
 
 Line = tuple[str, str, str]
@@ -45,8 +44,9 @@ class Upload:
 
     def page(self, start: int) -> dict[str, Any]:
         assert self.report is not None
-        end = start + REPORT_PAGE
-        return {"report": self.report[start:end], "cursor": end if end < len(self.report) else None}
+        lines, _ = cut_page(self.report[start:], lambda line: line)
+        end = start + len(lines)
+        return {"report": lines, "cursor": end if end < len(self.report) else None}
 
 
 class Imports:
@@ -98,7 +98,7 @@ def apply(
         reason = entry_fault(name, entry) or ("twice in this import" if name in seen else "")
         seen.add(name)
         if reason:
-            report.append((name, "invalid", reason))
+            report.append((name[:NAME_MAX_BYTES], "invalid", reason))
             continue
         row, other = store.by_name(name), store.by_id(entry["id"])
         if row is not None and row.id == entry["id"]:

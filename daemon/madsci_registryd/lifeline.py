@@ -66,10 +66,11 @@ class Lifeline:
         """Send a line; a client that does not read is cut off."""
         if self.is_closed:
             return
+        if len(self._out) > UNREAD_MAX_BYTES:
+            self.close()
+            return
         self._out += p.encode(message) + b"\n"
         self._flush()
-        if len(self._out) > UNREAD_MAX_BYTES + p.LINE_MAX_BYTES:
-            self.close()
 
     def _flush(self) -> None:
         if self.is_closed:

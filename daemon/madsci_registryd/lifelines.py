@@ -28,7 +28,7 @@ from madsci_registry.errors import (
     SessionRequiredError,
 )
 from madsci_registryd import holders
-from madsci_registryd.batch import Write, always
+from madsci_registryd.batch import Write
 from madsci_registryd.clock import iso
 from madsci_registryd.core import Core
 from madsci_registryd.handlers import hash_token
@@ -109,7 +109,7 @@ class Lifelines:
 
     def _pause_listening(self, listener: socket.socket) -> None:
         def again() -> None:
-            if listener is self._listener:
+            if listener is self._listener and not self.loop.is_watched(listener.fileno()):
                 self.loop.watch(listener.fileno(), Turn.LIFELINES, self._accept)
 
         self.loop.unwatch(listener.fileno())
@@ -189,8 +189,7 @@ class Lifelines:
         except RegistryError as error:
             log.info("refused a line: %s", error)
             line.send({"op": "refused", "error": error.to_wire()})
-            if line.session is None:
-                line.close()
+            line.close()  # a client of ours says nothing wrong; one that is well comes back and resumes
 
     def _act(self, session: Session, message: Any) -> None:
         if isinstance(message, p.Cancel):
@@ -203,7 +202,7 @@ class Lifelines:
     def _release(self, session: Session, message: p.LifelineRelease) -> None:
         service = self._registrar.service
         if message.name is None:
-            write = Write(lambda tx: service.release_instance(tx, session, message.instance), _ignore, light=always)
+            self._registrar.insist(lambda tx: service.release_instance(tx, session, message.instance))
         else:
             request = p.Release(
                 token="",
@@ -213,8 +212,7 @@ class Lifelines:
                 instance=message.instance,
                 fencing_token=message.fencing_token or 0,
             )
-            write = Write(lambda tx: service.release(tx, session, request), _ignore, light=always)
-        self._registrar.submit(write)
+            self._registrar.insist(lambda tx: service.release(tx, session, request))
 
     def _begin(self, line: Lifeline, message: p.Hello | p.Resume) -> None:
         try:
@@ -228,6 +226,7 @@ class Lifelines:
             if session is not None and isinstance(message, p.Resume):
                 self._attach(line, session, peer, holds=message.holds)
                 return
+            self._check_quota(peer)
             token = message.token if isinstance(message, p.Resume) else secrets.token_hex(32)
             session = self._new_session(peer, token, message.client)
             self._registrar.add_session(session)
@@ -244,6 +243,8 @@ class Lifelines:
         if not peer.is_mapped or peer.uid not in (0, os.geteuid()):
             message = f"uid {peer.uid} may not use this registry, which belongs to uid {os.geteuid()}"
             raise PermissionDeniedError(message, uid=peer.uid, path=str(self.path.path))
+
+    def _check_quota(self, peer: holders.Peer) -> None:
         count = sum(s.uid == peer.uid for s in self._registrar.sessions.values())
         if count >= self._sessions_per_uid:
             message = f"uid {peer.uid} has {count} sessions already"
@@ -341,7 +342,3 @@ class Lifelines:
         if self.is_dead(session):
             self._registrar.end_session(session, "its process died")
         self._registrar.drop(session)
-
-
-def _ignore(result: Any) -> None:
-    """A release on the lifeline is not answered."""

@@ -38,6 +38,11 @@ from typing import Any, NamedTuple
 from madsci_registry.protocol import GRACE_S, RENEW_S, RESUME_S
 from madsci_registry.types import Proof
 
+SHARES_KEPT = 100
+"""So many requests that share a lock are remembered; beyond that no cancel ends it, only its owner's release."""
+NEVER = -1
+"""A request that no cancel names."""
+
 
 class Owner(NamedTuple):
     """Whose a lock is: an instance (one RegistryClient) of a session (one process)."""
@@ -210,6 +215,30 @@ class Session:
     """The last requests that it cancelled: a cancel can overtake the request that it withdraws."""
     uploads: dict[str, Any] = field(default_factory=dict)
     """Imports and backups under way, by their name."""
+
+    shares: dict[str, set[int]] = field(default_factory=dict)
+    """Component id to the requests that were answered with one and the same lock of it, where that are several."""
+
+    def share(self, id: str, granted_by: int, seq: int) -> None:
+        """Note that request `seq` was answered with the lock that `granted_by` was granted."""
+        if seq != granted_by:
+            requests = self.shares.setdefault(id, {granted_by})
+            if len(requests) < SHARES_KEPT:
+                requests.add(seq)
+            else:
+                requests.add(NEVER)
+
+    def shared_by(self, seq: int) -> list[str]:
+        """List the components whose lock request `seq` shares with others."""
+        return [id for id, requests in self.shares.items() if seq in requests]
+
+    def is_last(self, id: str, seq: int) -> bool:
+        """Take `seq` out of those who share a lock and tell whether nobody is left."""
+        requests = self.shares.get(id)
+        if requests is None:
+            return True
+        requests.discard(seq)
+        return not requests
 
     def ends_at(self) -> float:
         """Say when (monotonic) the session ends if nothing happens; infinity for never. Rule 4."""

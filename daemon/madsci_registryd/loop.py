@@ -31,6 +31,9 @@ class Loop:
         self._epoll.register(fd, events)
         self._watched[fd] = turn, callback
 
+    def is_watched(self, fd: int) -> bool:
+        return fd in self._watched
+
     def change(self, fd: int, events: int) -> None:
         self._epoll.modify(fd, events)
 

@@ -66,10 +66,8 @@ EVENTS_OF = (
      ORDER BY revision LIMIT :limit"""
 )
 LAST_REVISION = "SELECT coalesce(max(revision), 0) FROM events"
-NTH_LAST_REVISION = "SELECT revision FROM events ORDER BY revision DESC LIMIT 1 OFFSET ?"
-TRIMMABLE = """
-    SELECT max(revision) FROM (
-        SELECT revision FROM events WHERE revision > ? AND (at < ? OR revision <= ?) ORDER BY revision LIMIT ?)"""
+COUNT_EVENTS = "SELECT count(*) FROM events"
+OLDEST_EVENTS = "SELECT revision, at FROM events WHERE revision > ? ORDER BY revision LIMIT ?"
 TRIM_LOCK_EVENTS = """
     DELETE FROM events
      WHERE revision > ? AND revision <= ? AND kind IN ('granted', 'released', 'ended', 'broken')"""

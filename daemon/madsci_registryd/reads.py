@@ -127,7 +127,7 @@ class Reads:
         return {
             "registry": {"version": 1, "created_at": self._store.meta("created_at"), "updated_at": now},
             "entries": dict(page),
-            "revision": self._store.revision,
+            "revision": self._store.identity_revision,
             "cursor": rows[len(page) - 1].name if cut else None,
         }
 

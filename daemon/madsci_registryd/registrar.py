@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from madsci_registry import protocol as p
-from madsci_registry.errors import NoSpaceError, RegistryError, UnavailableError
+from madsci_registry.errors import NoSpaceError, RegistryError, SessionRequiredError, UnavailableError
 from madsci_registryd.batch import Batch, Write, always
 from madsci_registryd.clock import Clock, Timers
 from madsci_registryd.locks import Claim, ClaimEvent, ClaimState, Presence, Queues, Session, claim_expires_at
@@ -120,9 +120,16 @@ class Registrar:
         """Let a write be part of the next batch."""
         self._writes.append(write)
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self._writes)
+    def insist(self, do: Callable[[Tx], Any]) -> None:
+        """Let a change of locks that nobody waits for be part of the next batch; on a full disk again and again."""
+
+        def done(result: Any) -> None:
+            if isinstance(result, NoSpaceError):
+                self._timers.after(RETRY_S, lambda: self.insist(do))
+            elif isinstance(result, RegistryError):
+                log.warning("not done: %s", result)
+
+        self.submit(Write(do, done, light=always))
 
     def write(
         self, who: Session, request: Any, verb: Callable[..., Any], answer: Answer, light: Callable[[], bool]
@@ -138,7 +145,12 @@ class Registrar:
             else:
                 answer(outcome(result))
 
-        self.submit(Write(lambda tx: verb(tx, who, request), done, light))
+        def do(tx: Tx) -> Any:
+            if who in tx.ended or who.presence is Presence.ENDED:
+                raise SessionRequiredError("the session has ended")
+            return verb(tx, who, request)
+
+        self.submit(Write(do, done, light))
 
     def cancel(self, who: Session, seq: int) -> None:
         """Withdraw a request: its waiter goes, or what it was granted ends."""
@@ -148,7 +160,7 @@ class Registrar:
             self.drop_claim(claim)
         for watcher in [w for w in self._watchers if (w[2], w[0].seq) == (who, seq)]:
             self._watchers.remove(watcher)
-        self.submit(Write(lambda tx: self.service.cancel(tx, who, seq), _log_refusal, light=always))
+        self.insist(lambda tx: self.service.cancel(tx, who, seq))
 
     def watch(self, who: Session, r: p.Watch, answer: Answer) -> None:
         """Answer the events after a revision as soon as there are any, an empty list when the time is over."""
@@ -197,7 +209,7 @@ class Registrar:
             else:
                 service.refuse(tx, claim, refusal)
 
-        self.submit(Write(do, _log_refusal))
+        self.submit(Write(do, lambda result: None))
 
     def _enqueue(self, claim: Claim) -> None:
         if claim.owner.session not in self.sessions:
@@ -237,7 +249,7 @@ class Registrar:
     def reconsider(self, name: str) -> None:
         """Let the next batch look whether a name is free for who waits for it."""
         if self.queues.count(name):
-            self.submit(Write(lambda tx: tx.freed.append(name), _log_refusal, light=always))
+            self.insist(lambda tx: tx.freed.append(name))
 
     def _answer(self, claim: Claim, reply: dict[str, Any]) -> None:
         answer = self._parked.pop(claim.key, None)
@@ -269,8 +281,3 @@ class Registrar:
 def outcome(result: Any) -> dict[str, Any]:
     """Turn what a verb returned or refused into a reply."""
     return {"error": result.to_wire()} if isinstance(result, RegistryError) else {"ok": result}
-
-
-def _log_refusal(result: Any) -> None:
-    if isinstance(result, RegistryError):
-        log.warning("not done: %s", result)

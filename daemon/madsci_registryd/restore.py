@@ -122,22 +122,23 @@ def _is_whole(path: Path) -> bool:
 def _replace(places: Places, staged: Path) -> list[str]:
     """Put the damaged database aside and the backup in its place, then add what the damaged one still tells."""
     report = []
-    aside = None
-    if places.database.exists():
-        stamp = iso(SystemClock().wall()).replace(":", "").replace(".", "")
-        aside = places.database.with_name(f"{places.database.name}.damaged-{stamp}")
-        for suffix in ("-wal", ""):  # the database last: without it the WAL means nothing
-            with suppress(FileNotFoundError):
-                Path(f"{places.database}{suffix}").rename(f"{aside}{suffix}")
-        report.append(f"the damaged database was put aside as {aside}")
-    with suppress(FileNotFoundError):
-        Path(f"{places.database}-wal").unlink()
     # Sessions and locks of the backup's time are over: who holds something now says so itself.
     db = database.open_database(staged)
     with db:
         db.execute("DELETE FROM locks")
         db.execute("DELETE FROM sessions")
     db.close()
+    with staged.open("rb+") as copy:
+        os.fsync(copy.fileno())
+    aside = None
+    if places.database.exists():
+        stamp = iso(SystemClock().wall()).replace(":", "").replace(".", "")
+        aside = places.database.with_name(f"{places.database.name}.damaged-{stamp}")
+        aside.hardlink_to(places.database)  # a second name: at every instant there is a database
+        report.append(f"the damaged database was put aside as {aside}")
+    with suppress(FileNotFoundError):  # it belongs to the damaged one, and would be read into the backup
+        wal = Path(f"{places.database}-wal")
+        wal.rename(f"{aside}-wal") if aside else wal.unlink()
     staged.rename(places.database)
     database.sync_folder(places.state)
     report.append("the backup is the database now")

@@ -86,7 +86,7 @@ class Service(Identities):
         if not r.acquire_lock:
             return self._identity(tx, who, r, row)[1]
         owner = Owner(who.id, r.instance)
-        claim = self.queues.find(who.id, r.seq)
+        claim = self.queues.find(who.id, r.seq) or next((c for c in tx.waiting if c.key == (who.id, r.seq)), None)
         if claim is not None and (claim.name, claim.owner) != (r.name, owner):
             raise InvalidError("seq: belongs to another request that waits", field="seq", reason="used already")
         holder = row.lock.owner if row and row.lock else None
@@ -160,7 +160,11 @@ class Service(Identities):
     def _take(self, tx: Tx, who: Session, r: p.Resolve, row: Row | None) -> dict[str, Any]:
         """Answer with the identity and with its lock, granted here unless the owner has it."""
         row, answer = self._identity(tx, who, r, row)
-        lock = row.lock or self._grant(tx, who, row, r)
+        if row.lock is not None:
+            lock = row.lock
+            who.share(row.id, lock.seq, r.seq)
+        else:
+            lock = self._grant(tx, who, row, r)
         answer["fencing_token"], answer["acquired_at"] = lock.fencing_token, lock.acquired_at
         return answer
 
@@ -300,9 +304,13 @@ class Service(Identities):
         return names
 
     def cancel(self, tx: Tx, who: Session, seq: int) -> None:
-        """End exactly the locks that request `seq` was granted (its waiter is taken out by the caller)."""
-        for name in self.store.locked_by_seq(who.id, seq):
-            self._end_lock(tx, who, self._get(name), "released", cancelled=True)
+        """End exactly the locks that request `seq` was granted, unless another request was answered with the same
+        lock and stands (its waiter is taken out by the caller)."""
+        names = self.store.locked_by_seq(who.id, seq)
+        rows = [self._get(name) for name in names] + [self.store.by_id(id) for id in who.shared_by(seq)]
+        for row in {row.id: row for row in rows if row is not None}.values():
+            if row.lock is not None and row.lock.owner.session == who.id and who.is_last(row.id, seq):
+                self._end_lock(tx, who, row, "released", cancelled=True)
 
     def break_lock(self, tx: Tx, who: Session, r: p.BreakLock) -> Reply:
         """End the lock with that token, whoever has it, and tell the holder."""
@@ -346,5 +354,6 @@ class Service(Identities):
     def _end_lock(self, tx: Tx, who: Session, row: Row, kind: str, **why: Any) -> None:
         assert row.lock is not None
         self.store.drop_lock(row.id, tx.now)
+        who.shares.pop(row.id, None)
         self._event(tx, who, kind, row, fencing_token=row.lock.fencing_token, **why)
         tx.freed.append(row.name)

@@ -53,6 +53,10 @@ class Store:
         self.db = db
         self._run = db.execute
         self._revision: int = self._one(q.LAST_REVISION)
+        self.identity_revision = self._revision
+        """Moves with changes of identities, not with those of locks."""
+        self._count: int | None = None
+        """How many events there are, counted at the first trim."""
 
     def _one(self, sql: str, args: tuple[Any, ...] = ()) -> Any:
         """Return the only column of the first row, None where there is no row."""
@@ -212,6 +216,10 @@ class Store:
         why: dict[str, Any] | None = None,
     ) -> None:
         self._revision += 1
+        if kind not in LOCK_EVENTS:
+            self.identity_revision = self._revision
+        if self._count is not None:
+            self._count += 1
         text = json.dumps(why, ensure_ascii=False) if why else "{}"
         self._run(q.ADD_EVENT, (self._revision, now, kind, name, id, uid, pid, session, text))
 
@@ -227,15 +235,21 @@ class Store:
         given = {"name": name, "id": id, "after": after, "limit": limit}
         return [_event(r) for r in self._run(q.EVENTS_OF, given)]
 
-    def trim_lock_events(self, before: str, keep: int, limit: int) -> None:
-        """Delete the lock events among the next `limit` events that are older than `before` or not among the newest
-        `keep`, and note how far that went."""
+    def trim_lock_events(self, before: str, keep: int, limit: int) -> bool:
+        """Look at the next `limit` events from where the last trim ended: delete the lock events among them that are
+        older than `before`, or too many where there are more than `keep` events; True: there is more to do."""
+        if self._count is None:
+            self._count = int(self._one(q.COUNT_EVENTS))
         start = self.meta("compacted") or 0
-        surplus = self._one(q.NTH_LAST_REVISION, (keep,)) or 0
-        end = self._one(q.TRIMMABLE, (start, before, surplus, limit))
-        if end is not None:
-            self._run(q.TRIM_LOCK_EVENTS, (start, end))
-            self.set_meta("compacted", end)
+        oldest = list(self._run(q.OLDEST_EVENTS, (start, limit)))
+        surplus = max(self._count - keep, 0)
+        passed = [revision for n, (revision, at) in enumerate(oldest) if at < before or n < surplus]
+        if not passed:
+            return False
+        self._run(q.TRIM_LOCK_EVENTS, (start, passed[-1]))
+        self._count -= self.db.changes()
+        self.set_meta("compacted", passed[-1])
+        return len(passed) == limit
 
     # the rest
 

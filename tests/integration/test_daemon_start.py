@@ -19,6 +19,8 @@ from madsci_registry import (
     BusyError,
     HeldError,
     NoSpaceError,
+    QuotaError,
+    Registration,
     RegistryClient,
     UnavailableError,
     UnknownOutcomeError,
@@ -263,6 +265,45 @@ def test_start_on_a_full_disk_says_so(small_disk: Path) -> None:
     ended = run(small_disk / "registry.json")
     assert ended.returncode in (73, 75), ended.stderr
     assert "space" in ended.stderr
+
+
+def test_quota_of_sessions_does_not_keep_holders_from_resuming(registry_path: Path, workers: Workers) -> None:
+    """Over a restart every holder resumes, though the user has all sessions that are allowed."""
+    registry_path.with_name("limits.toml").write_text("sessions_per_uid = 2")
+    with DaemonProcess(registry_path, "--config", str(registry_path.with_name("limits.toml"))) as daemon:
+        holders = [workers(MADSCI_REGISTRY_AUTOSTART="0") for _ in range(2)]
+        for n, holder in enumerate(holders):
+            holder.ask("resolve", f"arm{n}")
+        daemon.restart()
+        for n, holder in enumerate(holders):
+            assert holder.ask("get", f"arm{n}")["locked"]
+            assert holder.ask("held", f"arm{n}")
+        with RegistryClient(registry_path, autostart=False) as client, pytest.raises(QuotaError):
+            client.lookup("arm0")
+
+
+def test_holder_of_thousands_of_names_resumes(daemon: DaemonProcess) -> None:
+    """A process that holds more names than fit one frame resumes with all of them."""
+    names = [f"{n:05} {'x' * 240}" for n in range(4000)]
+    with RegistryClient(daemon.registry, autostart=False) as holder:
+        locks = holder.resolve_many((name, "node") for name in names)
+        daemon.restart()
+        assert holder.status()["held"] == len(names)
+        assert all(isinstance(lock, Registration) and lock.held for lock in locks)
+
+
+def test_restore_that_finds_no_space_leaves_the_database(small_disk: Path, database: Path) -> None:
+    """A restore that runs out of space leaves a database in its place, never none."""
+    backup = database.with_name("backup.db")
+    shutil.copy(database, backup)
+    damaged = small_disk / "registry.db"
+    damaged.write_bytes(b"damaged" * 1000)
+    (small_disk / "ballast").write_bytes(b"x" * (1_000_000 - database.stat().st_size - 60_000))
+    ended = run(small_disk / "registry.json", "restore", str(backup))
+    assert damaged.exists()
+    if ended.returncode:
+        assert ended.returncode == 75, ended.stderr
+        assert damaged.read_bytes() == b"damaged" * 1000
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace, to let fdatasync fail")
