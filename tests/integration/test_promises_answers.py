@@ -203,3 +203,17 @@ def test_release_said_before_a_stop_is_done(daemon: DaemonProcess, raw: Raw) -> 
     daemon.start()
     with RegistryClient(daemon.registry, autostart=False) as client:
         assert not client.get("arm").locked
+
+
+def test_line_that_is_no_message_ends_the_connection_and_the_session_resumes(raw: Raw) -> None:
+    """Rubbish on a lifeline is refused and cuts the connection, so that a flood of it ends; locks can be resumed."""
+    raw.ask("resolve", name="arm", component_type="node", instance="i")
+    raw.stream.sendall(b"\n" * 1000)
+    assert json.loads(raw.lines.readline())["op"] == "refused"
+    assert raw.lines.readline() == b""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as again:
+        again.settimeout(PATIENCE_S)
+        again.connect(raw.stream.getpeername())
+        again.sendall(json.dumps({"op": "resume", "token": raw.welcome["token"]}).encode() + b"\n")
+        with again.makefile("rb") as lines:
+            assert [lock["name"] for lock in json.loads(lines.readline())["held"]] == ["arm"]
