@@ -88,12 +88,12 @@ class Handlers:
             request = self._decode_request(frame)
             who = self._session_of(request)
             handler = self._table[type(request)]
-            if isinstance(handler, Change):
-                self._registrar.write(who, request, handler.verb, answer, partial(handler.light, request))
-            elif isinstance(handler, Parks):
-                handler.verb(who, request, answer)
-            else:
+            if isinstance(handler, Read):
                 answer({"ok": handler.verb(who, request)})
+            elif isinstance(handler, Change):
+                self._registrar.write(who, request, handler.verb, answer, partial(handler.light, request))
+            else:
+                handler.verb(who, request, answer)
         except RegistryError as error:
             answer(outcome(error))
         except (DatabaseError, StorageFault):

@@ -102,7 +102,7 @@ class Server:
     def _receive(self) -> list[bytes]:
         # As recv_multipart does, but flags are plain ints: arithmetic on zmq's enums costs 10 us a message.
         recv, more = self._router.recv, self._router.getsockopt
-        frames = [recv(_NOBLOCK)]
+        frames = [recv(_NOBLOCK), recv(_NOBLOCK)]  # a ROUTER's first frame is never the last
         while more(_RCVMORE):
             frames.append(recv(_NOBLOCK))
         return frames
