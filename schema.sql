@@ -43,7 +43,8 @@ CREATE TABLE sessions (
     start_time    INTEGER,                         -- clock ticks after boot, /proc/PID/stat field 22
     pidfd_inode   INTEGER,                         -- unique in a boot, NULL where the kernel has no pidfs (before 6.9)
     boot_id       TEXT NOT NULL,
-    pid_namespace INTEGER NOT NULL,                -- inode of the daemon's own: a record of another one proves nothing
+    pid_namespace INTEGER NOT NULL,                -- the daemon's own: a record of another one proves nothing. Told by
+                                                   -- its init's pidfd inode, below zero by its inode and init's start
     client        TEXT NOT NULL,                   -- what the client said of itself
     started_at    TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;

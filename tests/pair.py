@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from helpers import FakeClock
 from madsci_registry import errors, protocol
+from madsci_registry.types import Process
 from madsci_registryd import database
 from madsci_registryd.core import Core
 from madsci_registryd.handlers import hash_token
-from madsci_registryd.locks import Presence, Session
+from madsci_registryd.locks import Identity, Presence, Session
 from madsci_registryd.service import OutsideStage
 from madsci_registryd.transaction import Tx
 
@@ -65,7 +67,7 @@ class Pair:
         if session.id in self.dead:
             self.core.service.end_session(tx, session, "its process died")
         else:
-            session.proof = "pidfd"
+            session.process = replace(session.process, proof="pidfd")
             session.since = tx.monotonic
             self.core.registrar.add_session(session)
 
@@ -103,12 +105,8 @@ class Client:
             Session(
                 id=name,
                 token_hash=hash_token(name),
-                uid=uid,
-                gid=uid,
-                pid=4711,
-                proof="pidfd",
-                boot_id="boot",
-                pid_namespace=1,
+                process=Process(pid=4711, uid=uid, gid=uid, proof="pidfd"),
+                identity=Identity(4711, 1, 1, "boot", 1),
                 started_at="2026-01-01T00:00:00.000000Z",
             )
         )

@@ -19,6 +19,7 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
 from madsci_registry._endpoint import Endpoint, environment
+from madsci_registry.cgroups import innermost_unit
 from madsci_registry.errors import PermissionDeniedError, RegistryError, UnavailableError, from_wire
 
 IDLE_EXIT_S = 600
@@ -238,14 +239,3 @@ def _in_service(cgroup: Path = Path("/proc/self/cgroup")) -> str | None:
     if unit is None or not unit.endswith(".service"):
         return None
     return f"this runs in the systemd unit {unit}, which would take the daemon down with it"
-
-
-def innermost_unit(cgroup: str) -> str | None:
-    """Return the innermost systemd unit (service, scope) of the text of /proc/PID/cgroup, None where there is none."""
-    for line in cgroup.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "name=systemd"):
-            units = [part for part in path.split("/") if part.endswith((".service", ".scope"))]
-            if units:
-                return units[-1]
-    return None

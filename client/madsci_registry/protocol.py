@@ -340,6 +340,7 @@ LINES: dict[str, type] = {cls.__dataclass_fields__["op"].default: cls for cls in
 
 # What comes down the lifeline, unasked or as the answer to hello and resume:
 #   {"op": "welcome", "v": 1, "session": id, "token": secret, "epoch": n, "daemon": version,
+#    "proof": tier, "grace_s": seconds or null,                 null: locks outlast the daemon as long as the process
 #    "held": [{"name", "instance", "fencing_token"}, ...],      held: what a resumed session still has
 #    "renamed": [{"name", "to", "instance", "old_token", "fencing_token"}, ...]}   and what under another name
 #   {"op": "refused", "error": {...}}                           then the connection is closed

@@ -15,22 +15,57 @@ Proof = Literal["pidfd", "pid", "connection"]
 """How surely a holder is known to live: by a pidfd of it, by its pid and start time, by its connection alone."""
 
 
-@dataclass(frozen=True)
-class Holder:
-    """Who holds a name. All but `instance` are kernel facts, never what the client said of itself."""
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """A client process by the kernel's word; nothing of it is what the client said. None: not visible to the daemon.
+
+    All but pid, uid, gid and proof were read when the session began or resumed, and are for people.
+    """
 
     pid: int | None
-    """Process id as the daemon sees it; None where no pid is visible (another PID namespace)."""
+    """Process id in the daemon's PID namespace."""
     uid: int
+    gid: int
+    proof: Proof
+    user: str | None = None
+    """The uid's name in the daemon's /etc/passwd."""
+    comm: str | None = None
+    command_line: str | None = None
+    """Its arguments, at most 500 characters. A process can overwrite these and `comm`."""
+    executable: str | None = None
+    process_started_at: str | None = None
+    """When the process began (UTC, ISO 8601)."""
+    container: str | None = None
+    """The container's id, from the cgroup."""
+    unit: str | None = None
+    """The innermost systemd unit, from the cgroup; None in a container."""
+    end_command: str | None = None
+    """The command that ends it and so frees what it holds: docker stop, systemctl stop, kill."""
+
+    @property
+    def label(self) -> str:
+        """Name it in a few words: pid, program, user, and where it runs."""
+        who = f"pid {self.pid}" if self.pid else "a process whose pid is not visible"
+        facts = [self.comm, f"uid {self.uid}{f' {self.user}' if self.user else ''}"]
+        if self.container:
+            facts.append(f"container {self.container[:12]}")
+        elif self.unit:
+            facts.append(self.unit)
+        return f"{who} ({', '.join(filter(None, facts))})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder(Process):
+    """Who holds a name: the process, and which lock of it."""
+
     host: str
-    instance: str
-    """Which RegistryClient (or LockManager) of that process."""
     session: str
     since: str
     """When the lock was granted (UTC, ISO 8601)."""
-    proof: Proof
-    comm: str | None = None
-    command_line: str | None = None
+    instance: str
+    """Which RegistryClient (or LockManager) of that process, as the client says."""
+    client: str = ""
+    """What the client says of itself: program and version. Shown, never trusted."""
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> Holder:
@@ -96,24 +131,22 @@ class Event:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class SessionInfo:
+@dataclass(frozen=True, kw_only=True)
+class SessionInfo(Process):
     """One client process that the daemon serves, or waits for after a restart."""
 
     id: str
-    pid: int | None
-    uid: int
-    gid: int
-    comm: str | None
-    command_line: str | None
     started_at: str
     """When the session began (UTC, ISO 8601)."""
     attached: bool
     """False: its connection is down and the daemon waits for it to resume."""
-    proof: Proof
     held: int
     """How many names it holds."""
     waiting: int
+    protocol_version: int | None = None
+    """What the client speaks; None for one that an earlier daemon left and that has not resumed."""
+    client: str = ""
+    """What the client says of itself: program and version. Shown, never trusted."""
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> SessionInfo:

@@ -11,7 +11,7 @@ from madsci_registry.errors import NotFoundError
 from madsci_registry.names import is_ulid
 from madsci_registry.types import COMPONENT_TYPES
 from madsci_registryctl.invocation import Command, Invocation, complete_name
-from madsci_registryctl.render import holder_text, print_fields, print_json, print_table, whole_seconds
+from madsci_registryctl.render import holder_fields, print_fields, print_json, print_table, whole_seconds
 
 if TYPE_CHECKING:
     from madsci_registry.client import RegistryClient
@@ -90,7 +90,7 @@ def print_component(component: Component) -> None:
         "last seen": whole_seconds(component.last_seen),
     }
     if component.holder:
-        shown["holder"] = holder_text(component.holder)
+        shown |= holder_fields(component.holder)
         shown["fencing token"] = component.fencing_token
     if component.waiting:
         shown["waiting"] = component.waiting

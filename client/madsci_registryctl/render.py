@@ -88,11 +88,22 @@ def print_fields(values: Mapping[str, object]) -> None:
 
 def holder_text(holder: Holder) -> str:
     """Say in a few words who holds a name, since when, and how surely it lives."""
-    program = holder.command_line or holder.comm
-    who = f"pid {holder.pid}" if holder.pid else "a process whose pid is not visible"
-    shown = f" ({program[:80]})" if program else ""
-    since = whole_seconds(holder.since)
-    return f"{who}{shown}, uid {holder.uid}, on {holder.host} since {since}, known by its {holder.proof}"
+    return f"{holder.label} on {holder.host} since {whole_seconds(holder.since)}, known by its {holder.proof}"
+
+
+def holder_fields(holder: Holder) -> dict[str, object]:
+    """Say all that is known of a holder: the kernel's facts first, what the client says of itself apart."""
+    fields: dict[str, object] = {
+        "holder": holder_text(holder),
+        "its command": holder.command_line,
+        "its executable": holder.executable,
+        "it began": whole_seconds(holder.process_started_at) if holder.process_started_at else None,
+        "its container": holder.container,
+        "its unit": holder.unit,
+        "to end it": holder.end_command,
+        "it says it is": f"{holder.client or 'nothing'}, instance {holder.instance}",
+    }
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def hint_of(error: RegistryError) -> str | None:
@@ -104,7 +115,8 @@ def hint_of(error: RegistryError) -> str | None:
         return f"it is called {error.renamed_to!r} now"
     if isinstance(error, HeldError) and error.holder:
         place = f"; you were number {error.place} in the queue" if error.place else ""
-        return f"held by {holder_text(error.holder)}{place}"
+        program = f"runs {error.holder.command_line}; " if error.holder.command_line else ""
+        return f"{program}known by its {error.holder.proof}{place}"
     return None
 
 

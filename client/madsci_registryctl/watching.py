@@ -74,13 +74,14 @@ def sessions_command(invocation: Invocation) -> None:
         return
     print_table(
         invocation,
-        ("SESSION", "PID", "UID", "PROGRAM", "SINCE", "CONNECTION", "PROOF", "HELD", "WAITING"),
+        ("SESSION", "PID", "USER", "PROGRAM", "RUNS IN", "SINCE", "CONNECTION", "PROOF", "HELD", "WAITING"),
         [
             (
                 s.id,
                 s.pid,
-                s.uid,
+                s.user or s.uid,
                 s.comm,
+                s.container[:12] if s.container else s.unit,
                 whole_seconds(s.started_at),
                 "attached" if s.attached else "detached",
                 s.proof,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from madsci_registry import protocol as p
-from madsci_registryd import database, holders
+from madsci_registryd import database, facts, holders
 from madsci_registryd.batch import Write, always
 from madsci_registryd.clock import SystemClock, iso
 from madsci_registryd.core import Core
@@ -106,7 +106,7 @@ class App:
 
     def _build(self) -> None:
         self.host = socket.gethostname()
-        self.proof = holders.best_proof()
+        self.proof = holders.best_proof(self.settings.proof)
         self.started_at = iso(self.clock.wall())
         self.core = Core(self.db, self.places.database, self.clock, host=self.host, status=self.status)
         self.registrar, self.service, self.timers = self.core.registrar, self.core.service, self.core.timers
@@ -117,28 +117,21 @@ class App:
             self.core,
             version=VERSION,
             sessions_per_uid=self.settings.sessions_per_uid,
+            best_proof=self.settings.proof,
         )
 
     def _judge(self, tx: Tx, session: Session) -> None:
         """Find out whether the process of a session that an earlier daemon left is alive."""
-        life, pidfd, proof = holders.find(
-            pid=session.pid,
-            started=session.start_time,
-            inode=session.pidfd_inode,
-            boot=session.boot_id,
-            namespace=session.pid_namespace,
-        )
-        if life is Life.DEAD:
+        found = holders.find(session.identity, self.settings.proof)
+        if found.life is Life.DEAD:
             self.service.end_session(tx, session, "its process died while no daemon was up")
             return
-        session.proof = proof
+        peer = holders.peer_found(session.identity, found, uid=session.uid, gid=session.process.gid)
+        session.process = facts.process_of(peer)
         session.since = tx.monotonic
-        session.comm, session.command_line = holders.comm(session.pid), holders.command_line(session.pid)
-        if life is Life.UNPROVEN:
-            session.comm = session.command_line = None
         self.registrar.add_session(session)
-        if pidfd is not None:
-            self.lifelines.watch_process(session, pidfd)
+        if found.pidfd is not None:
+            self.lifelines.watch_process(session, found.pidfd)
 
     def _watch_world(self, after_error: bool) -> None:
         self.loop.watch(self.server.fd, Turn.REQUESTS, self.server.wake)
@@ -262,7 +255,8 @@ class App:
         if self.clock.monotonic() < self.service.no_grants_before:
             degraded.append("an I/O error ended the last daemon: nothing is granted for 10 s")
         if self.proof != "pidfd":
-            degraded.append(f"this kernel proves holders by {self.proof} only")
+            why = "the setting proof says so" if self.proof == self.settings.proof else "this kernel gives no more"
+            degraded.append(f"holders are proven alive by {self.proof} only: {why}")
         return {
             "version": VERSION,
             "protocol_version": p.PROTOCOL_VERSION,

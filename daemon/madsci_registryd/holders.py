@@ -1,7 +1,11 @@
-"""Facts about a process, from the kernel: who stands at the other end of a socket, and whether it still lives.
+"""Who stands at the other end of a socket, whether that process lives, and how surely that is known.
 
-Three tiers of proof, best first: a pidfd that the kernel gives for the peer of a socket (Linux 6.5, works where the
-pid reads 0 and after pid reuse); a pidfd opened by pid and checked by its start time; the connection alone.
+Three tiers of proof, best first: `pidfd`, that the kernel gives for the peer of a socket (Linux 6.5; it works where the
+pid reads 0, and after pid reuse); `pid`, a pidfd opened by pid and checked by its start time; `connection` alone. The
+setting `proof` lowers the best one that is used.
+
+Over a restart of the daemon a process is known again by its Identity. Only what is certain counts: a record of another
+PID namespace, or one that lacks what would have to be compared, proves neither life nor death.
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from madsci_registry.types import Proof
+from madsci_registryd.locks import Identity
 
 _SO_PEERPIDFD = 77  # asm-generic/socket.h; Python's socket module has no name for it yet
 _OVERFLOW_UID = 65534
@@ -27,11 +34,13 @@ class Peer:
 
     uid: int
     gid: int
-    pid: int | None
     pidfd: int | None
     proof: Proof
-    start_time: int | None
-    pidfd_inode: int | None
+    identity: Identity
+
+    @property
+    def pid(self) -> int | None:
+        return self.identity.pid
 
     @property
     def is_mapped(self) -> bool:
@@ -47,26 +56,33 @@ class Life(Enum):
     UNPROVEN = "unproven"
 
 
-def peer_of(sock: socket.socket) -> Peer:
+class Found(NamedTuple):
+    """What became of the process of a record; `pidfd`, where it is alive, is the caller's."""
+
+    life: Life
+    proof: Proof = "connection"
+    pidfd: int | None = None
+
+
+def peer_of(sock: socket.socket, best: Proof = "pidfd") -> Peer:
     """Ask the kernel who connected. Raises ProcessLookupError where that process is gone already."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     number, uid, gid = struct.unpack("3i", raw)
     pid = number or None
-    pidfd = _peer_pidfd(sock)
-    proof: Proof = "pidfd"
-    started = start_time(pid)
-    if pidfd is None and pid is not None:
-        proof = "pid"
-        pidfd = _open_pidfd(pid)
-        if pidfd is not None and start_time(pid) != started:
-            os.close(pidfd)
-            raise ProcessLookupError(pid)
-    if pidfd is None:
-        return Peer(uid, gid, pid, None, "connection", started, None)
-    if is_dead(pidfd):
+    pidfd, proof = _pidfd_of_peer(sock, pid, best)
+    identity = Identity(pid, start_time(pidfd), pidfd_inode(pidfd), boot_id(), pid_namespace())
+    if pidfd is not None and is_dead(pidfd):
         os.close(pidfd)
         raise ProcessLookupError(pid)
-    return Peer(uid, gid, pid, pidfd, proof, started, pidfd_inode(pidfd))
+    return Peer(uid, gid, pidfd, proof, identity)
+
+
+def _pidfd_of_peer(sock: socket.socket, pid: int | None, best: Proof) -> tuple[int | None, Proof]:
+    if best == "pidfd" and (pidfd := _peer_pidfd(sock)) is not None:
+        return pidfd, "pidfd"
+    if best != "connection" and pid is not None and (pidfd := _open_pidfd(pid)) is not None:
+        return pidfd, "pid"
+    return None, "connection"
 
 
 def _peer_pidfd(sock: socket.socket) -> int | None:
@@ -89,29 +105,45 @@ def _open_pidfd(pid: int) -> int | None:
         return None
 
 
-def find(
-    *, pid: int | None, started: int | None, inode: int | None, boot: str, namespace: int
-) -> tuple[Life, int | None, Proof]:
-    """Look for the process of a record: its life, a pidfd where it is alive, and how that is proven."""
-    if boot != boot_id():
-        return Life.DEAD, None, "connection"
-    if pid is None or namespace != pid_namespace():
-        return Life.UNPROVEN, None, "connection"
+def is_same(one: Identity, other: Identity) -> bool | None:
+    """Tell whether two records of this boot mean one process; None: that cannot be told."""
+    if one.pidfd_inode and other.pidfd_inode:
+        return one.pidfd_inode == other.pidfd_inode
+    if one.pid_namespace == other.pid_namespace and None not in (one.pid, other.pid, one.start_time, other.start_time):
+        return (one.pid, one.start_time) == (other.pid, other.start_time)
+    return None
+
+
+def may_find(record: Identity, proof: Proof) -> bool:
+    """Tell whether a later daemon in this PID namespace will be able to prove that the process lives."""
+    return proof != "connection" and record.pid is not None and (record.pidfd_inode or record.start_time) is not None
+
+
+def find(record: Identity, best: Proof = "pidfd") -> Found:
+    """Look for the process of a record that an earlier daemon made."""
+    if record.boot_id != boot_id():
+        return Found(Life.DEAD)
+    if record.pid is None or record.pid_namespace != pid_namespace():
+        return Found(Life.UNPROVEN)
     try:
-        pidfd = _open_pidfd(pid)
+        pidfd = _open_pidfd(record.pid)
     except ProcessLookupError:
-        return Life.DEAD, None, "connection"
+        return Found(Life.DEAD)
     if pidfd is None:
-        return Life.UNPROVEN, None, "connection"
-    now_inode = pidfd_inode(pidfd)
-    if inode is not None and now_inode is not None:
-        same, proof = inode == now_inode, "pidfd"
-    else:
-        same, proof = started is not None and started == start_time(pid), "pid"
-    if same and not is_dead(pidfd):
-        return Life.ALIVE, pidfd, "pidfd" if proof == "pidfd" else "pid"
+        return Found(Life.UNPROVEN)
+    now = record._replace(start_time=start_time(pidfd), pidfd_inode=pidfd_inode(pidfd))
+    same = is_same(record, now)
+    if same and best != "connection" and not is_dead(pidfd):
+        by_inode = best == "pidfd" and record.pidfd_inode and now.pidfd_inode
+        return Found(Life.ALIVE, "pidfd" if by_inode else "pid", pidfd)
+    is_gone = same is False or is_dead(pidfd)
     os.close(pidfd)
-    return Life.DEAD, None, "connection"
+    return Found(Life.DEAD if is_gone else Life.UNPROVEN)
+
+
+def peer_found(record: Identity, found: Found, *, uid: int, gid: int) -> Peer:
+    """Return the process of a record as if it had just connected."""
+    return Peer(uid, gid, found.pidfd, found.proof, record)
 
 
 def is_dead(pidfd: int) -> bool:
@@ -121,56 +153,75 @@ def is_dead(pidfd: int) -> bool:
     return bool(poll.poll(0))
 
 
-def pidfd_inode(pidfd: int) -> int | None:
+def pidfd_inode(pidfd: int | None) -> int | None:
     """Return the inode that no other process of this boot has; None on kernels without pidfs (before 6.9)."""
-    with suppress(OSError):
-        if str(Path(f"/proc/self/fd/{pidfd}").readlink()).startswith("pidfd:"):
-            return os.fstat(pidfd).st_ino
-    return None
-
-
-def start_time(pid: int | None) -> int | None:
-    """Return when a process began, in clock ticks after boot; None where it is not visible."""
-    if pid is None:
+    if pidfd is None:
         return None
+    found = os.fstat(pidfd)
+    return found.st_ino if found.st_dev != _anonymous_device() else None
+
+
+@lru_cache(maxsize=1)
+def _anonymous_device() -> int:
+    """Return the device of the one inode that all pidfds shared before pidfs. (Their link in procfs tells nothing:
+    it reads anon_inode:[pidfd] on both.)"""
+    with select.epoll() as epoll:
+        return os.fstat(epoll.fileno()).st_dev
+
+
+def number_in_proc(pidfd: int) -> int | None:
+    """Return under which number /proc shows the process of a pidfd; None where it does not, or it is dead.
+
+    That is not its pid where /proc was mounted in another PID namespace than the daemon's.
+    """
     with suppress(OSError):
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-        return int(stat[stat.rindex(b")") + 2 :].split()[19])  # field 22; the name before it may hold anything
+        for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
+            if line.startswith("Pid:"):
+                number = int(line.split()[1])
+                return number if number > 0 else None
     return None
 
 
-def comm(pid: int | None) -> str | None:
-    """Return a process's short name, None where it is not visible."""
-    return _text(f"/proc/{pid}/comm", 64) if pid else None
-
-
-def command_line(pid: int | None) -> str | None:
-    """Return a process's arguments, at most 500 characters, None where it is not visible."""
-    return _text(f"/proc/{pid}/cmdline", 500) if pid else None
-
-
-def _text(path: str, limit: int) -> str | None:
-    with suppress(OSError), Path(path).open("rb") as file:
-        text = file.read(4 * limit).replace(b"\0", b" ").decode("utf-8", "replace").strip()
-        return "".join(c if c.isprintable() else "?" for c in text)[:limit]
+def start_time(pidfd: int | None) -> int | None:
+    """Return when the process of a pidfd began, in clock ticks after boot; None where that is not visible."""
+    number = number_in_proc(pidfd) if pidfd is not None else None
+    with suppress(OSError):
+        if number is not None:
+            stat = Path(f"/proc/{number}/stat").read_bytes()
+            # field 22; the name before it may hold anything
+            return int(stat[stat.rindex(b")") + 2 :].split()[19])
     return None
 
 
+@lru_cache(maxsize=1)
 def boot_id() -> str:
     """Return what tells this boot of the kernel from others."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+@lru_cache(maxsize=1)
 def pid_namespace() -> int:
-    """Return the inode of this process's PID namespace."""
-    return Path("/proc/self/ns/pid").stat().st_ino
+    """Return what tells this process's PID namespace from all others of this boot.
+
+    Not its inode alone: that is given again to a container that starts later. But a namespace has one init process,
+    so it is told by that one's pidfd inode or, below zero, by inode and start of its init (kernels without pidfs).
+    """
+    init = _open_pidfd(1)
+    try:
+        inode = pidfd_inode(init)
+        if inode is not None:
+            return inode
+        return -(Path("/proc/self/ns/pid").stat().st_ino << 30 | (start_time(init) or 0) % (1 << 30))
+    finally:
+        if init is not None:
+            os.close(init)
 
 
-def best_proof() -> Proof:
-    """Say which tier this kernel gives for an ordinary peer."""
+def best_proof(best: Proof) -> Proof:
+    """Say which tier an ordinary peer gets here, `best` at most."""
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     with ours, theirs:
-        peer = peer_of(ours)
+        peer = peer_of(ours, best)
     if peer.pidfd is not None:
         os.close(peer.pidfd)
     return peer.proof

@@ -14,7 +14,6 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Sequence
 from typing import Any
 
 import ulid
@@ -27,8 +26,9 @@ from madsci_registry.errors import (
     RegistryError,
     SessionRequiredError,
 )
-from madsci_registryd import holders
-from madsci_registryd.batch import Write
+from madsci_registry.types import Proof
+from madsci_registryd import facts, holders
+from madsci_registryd.batch import Write, always
 from madsci_registryd.clock import iso
 from madsci_registryd.core import Core
 from madsci_registryd.handlers import hash_token
@@ -36,6 +36,7 @@ from madsci_registryd.lifeline import Lifeline
 from madsci_registryd.locks import Presence, Session
 from madsci_registryd.loop import Loop, Turn
 from madsci_registryd.sockets import ListeningPath
+from madsci_registryd.transaction import Tx
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Lifelines:
         *,
         version: str,
         sessions_per_uid: int,
+        best_proof: Proof,
     ) -> None:
         self.path = path
         self.loop = loop
@@ -66,12 +68,11 @@ class Lifelines:
         self._epoch = core.epoch
         self._version = version
         self._sessions_per_uid = sessions_per_uid
+        self._best_proof = best_proof
         self._listener: socket.socket | None = None
         self._lines: set[Lifeline] = set()
         self._of_session: dict[str, Lifeline] = {}
         self._pidfds: dict[str, int] = {}
-        self._boot_id = holders.boot_id()
-        self._namespace = holders.pid_namespace()
         self._registrar.tell = self.tell
         self._registrar.at_end.append(self.forget)
         self._registrar.is_dead = self.is_dead
@@ -216,28 +217,28 @@ class Lifelines:
 
     def _begin(self, line: Lifeline, message: p.Hello | p.Resume) -> None:
         try:
-            peer = holders.peer_of(line.sock)
+            peer = holders.peer_of(line.sock, self._best_proof)
         except ProcessLookupError:
             line.close()
             return
         try:
             self._admit(peer)
             session = self._resumed(peer, message) if isinstance(message, p.Resume) else None
-            if session is not None and isinstance(message, p.Resume):
-                self._attach(line, session, peer, holds=message.holds)
-                return
-            self._check_quota(peer)
-            token = message.token if isinstance(message, p.Resume) else secrets.token_hex(32)
-            session = self._new_session(peer, token, message.client)
-            self._registrar.add_session(session)
+            if session is None:
+                self._check_quota(peer)
+                token = message.token if isinstance(message, p.Resume) else secrets.token_hex(32)
+                session = self._new_session(peer, token)
+                self._registrar.add_session(session)
         except BaseException:
             if peer.pidfd is not None:
                 os.close(peer.pidfd)
             raise
-        if isinstance(message, p.Resume):
-            self._reassert(line, session, peer, message)
+        if isinstance(message, p.Hello):
+            self._attach(line, session, peer, message, token=token)
+        elif not session.stored or session.identity != peer.identity or self._is_after_error():
+            self._resume_anew(line, session, peer, message)
         else:
-            self._attach(line, session, peer, token=token)
+            self._attach(line, session, peer, message)
 
     def _admit(self, peer: holders.Peer) -> None:
         if not peer.is_mapped or peer.uid not in (0, os.geteuid()):
@@ -250,56 +251,49 @@ class Lifelines:
             message = f"uid {peer.uid} has {count} sessions already"
             raise QuotaError(message, limit=self._sessions_per_uid, what="sessions")
 
+    def _is_after_error(self) -> bool:
+        return self._clock.monotonic() < self._registrar.service.no_grants_before
+
     def _resumed(self, peer: holders.Peer, message: p.Resume) -> Session | None:
         """Find the session that is resumed; None where a holder may re-assert what an I/O error took."""
         session = self._registrar.by_token(hash_token(message.token))
         if session is None:
-            if message.holds and self._clock.monotonic() < self._registrar.service.no_grants_before:
+            if message.holds and self._is_after_error():
                 return None
             raise SessionRequiredError("the session is over: what it held may be another's now; say hello")
-        same_process = (
-            peer.pidfd_inode == session.pidfd_inode
-            if peer.pidfd_inode and session.pidfd_inode
-            else (peer.pid, peer.start_time) == (session.pid, session.start_time)
-        )
-        if peer.uid != session.uid or not (same_process or session.proof == "connection"):
+        # Where that cannot be told, the secret token has to do.
+        if peer.uid != session.uid or holders.is_same(peer.identity, session.identity) is False:
             raise PermissionDeniedError("the session belongs to another process", uid=peer.uid)
         return session
 
-    def _new_session(self, peer: holders.Peer, token: str, client: str) -> Session:
+    def _new_session(self, peer: holders.Peer, token: str) -> Session:
         return Session(
             id=str(ulid.ULID()),
             token_hash=hash_token(token),
-            uid=peer.uid,
-            gid=peer.gid,
-            pid=peer.pid,
-            proof=peer.proof,
-            boot_id=self._boot_id,
-            pid_namespace=self._namespace,
+            process=facts.process_of(peer),
+            identity=peer.identity,
             started_at=iso(self._clock.wall()),
-            start_time=peer.start_time,
-            pidfd_inode=peer.pidfd_inode,
-            client=client,
-            comm=holders.comm(peer.pid),
-            command_line=holders.command_line(peer.pid),
         )
 
-    def _reassert(self, line: Lifeline, session: Session, peer: holders.Peer, message: p.Resume) -> None:
+    def _resume_anew(self, line: Lifeline, session: Session, peer: holders.Peer, message: p.Resume) -> None:
+        """Attach once it is written what its process is known by now, and what it takes back after an I/O error."""
         service = self._registrar.service
 
-        def done(result: Any) -> None:
-            self._attach(line, session, peer, holds=message.holds)
+        def do(tx: Tx) -> None:
+            service.identify(tx, session, peer.identity)
+            if self._is_after_error():
+                service.reassert(tx, session, message.holds)
 
-        self._registrar.submit(Write(lambda tx: service.reassert(tx, session, message.holds), done))
+        self._registrar.submit(Write(do, lambda result: self._attach(line, session, peer, message), light=always))
 
     def _attach(
         self,
         line: Lifeline,
         session: Session,
         peer: holders.Peer,
+        message: p.Hello | p.Resume,
         *,
         token: str | None = None,
-        holds: Sequence[p.Hold] = (),
     ) -> None:
         if line.is_closed or session.presence is Presence.ENDED:
             if peer.pidfd is not None:
@@ -312,11 +306,14 @@ class Lifelines:
             earlier.close()
         if peer.pidfd is not None:
             self.watch_process(session, peer.pidfd)
-        session.proof = peer.proof
+        session.process = facts.process_of(peer)
+        session.client, session.protocol_version = message.client, message.v
         line.session = session
         self._of_session[session.id] = line
         self._registrar.attach(session)
         held = self._registrar.service.store.locks_of(session.id)
+        holds = message.holds if isinstance(message, p.Resume) else []
+        is_provable = holders.may_find(session.identity, peer.proof)
         line.send(
             {
                 "op": "welcome",
@@ -324,6 +321,8 @@ class Lifelines:
                 "session": session.id,
                 "epoch": self._epoch,
                 "daemon": self._version,
+                "proof": peer.proof,
+                "grace_s": None if is_provable else p.GRACE_S,
                 "held": [{"name": n, "instance": i, "fencing_token": t} for n, i, t in held],
                 "renamed": self._registrar.service.renamed_away(session.id, holds),
             }

@@ -36,7 +36,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from madsci_registry.protocol import GRACE_S, RENEW_S, RESUME_S
-from madsci_registry.types import Proof
+from madsci_registry.types import Process
 
 SHARES_KEPT = 100
 """So many requests that share a lock are remembered; beyond that no cancel ends it, only its owner's release."""
@@ -179,6 +179,19 @@ def next_claim(claims: tuple[Claim, ...], may_hear: Callable[[Claim], bool]) -> 
     return next((c for c in claims if may_hear(c)), None)
 
 
+class Identity(NamedTuple):
+    """What tells a process from every other, over restarts of the daemon. None: not visible to the daemon."""
+
+    pid: int | None
+    start_time: int | None
+    """Clock ticks after boot."""
+    pidfd_inode: int | None
+    """Unique in this boot; None on kernels without pidfs (before 6.9)."""
+    boot_id: str
+    pid_namespace: int
+    """The daemon's own, in which `pid` counts: a record of another one proves nothing."""
+
+
 class Presence(Enum):
     """How a session stands to the daemon."""
 
@@ -194,18 +207,12 @@ class Session:
 
     id: str
     token_hash: bytes
-    uid: int
-    gid: int
-    pid: int | None
-    proof: Proof
-    boot_id: str
-    pid_namespace: int
+    process: Process
+    identity: Identity
     started_at: str
-    start_time: int | None = None
-    pidfd_inode: int | None = None
     client: str = ""
-    comm: str | None = None
-    command_line: str | None = None
+    """What it says of itself."""
+    protocol_version: int | None = None
     presence: Presence = Presence.ATTACHED
     since: float = 0.0
     """Monotonic instant of the last change of presence."""
@@ -218,6 +225,14 @@ class Session:
 
     shares: dict[str, set[int]] = field(default_factory=dict)
     """Component id to the requests that were answered with one and the same lock of it, where that are several."""
+
+    @property
+    def uid(self) -> int:
+        return self.process.uid
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid
 
     def share(self, id: str, granted_by: int, seq: int) -> None:
         """Note that request `seq` was answered with the lock that `granted_by` was granted."""
@@ -244,7 +259,7 @@ class Session:
         """Say when (monotonic) the session ends if nothing happens; infinity for never. Rule 4."""
         if self.presence is Presence.DROPPED:
             return self.since + RESUME_S
-        if self.presence is Presence.DETACHED and self.proof == "connection":
+        if self.presence is Presence.DETACHED and self.process.proof == "connection":
             return self.since + GRACE_S
         return math.inf
 

@@ -51,6 +51,8 @@ ADD_SESSION = """
     INSERT INTO sessions (id, token_hash, uid, gid, pid, start_time, pidfd_inode, boot_id, pid_namespace, client,
                           started_at)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
+SET_IDENTITY = """
+    UPDATE sessions SET pid = ?, start_time = ?, pidfd_inode = ?, boot_id = ?, pid_namespace = ? WHERE id = ?"""
 DROP_SESSION = "DELETE FROM sessions WHERE id = ?"
 
 ADD_EVENT = """

@@ -31,7 +31,7 @@ from madsci_registry.errors import (
 )
 from madsci_registry.names import check_metadata, check_name
 from madsci_registryd.identities import TOKENS_A_TERM, Identities, merged
-from madsci_registryd.locks import Claim, ClaimEvent, Owner, Queues, Session, Verdict, decide, next_claim
+from madsci_registryd.locks import Claim, ClaimEvent, Identity, Owner, Queues, Session, Verdict, decide, next_claim
 from madsci_registryd.store import Lock, Row, Store
 from madsci_registryd.transaction import Told, Tx
 from madsci_registryd.views import held_by, new_holder
@@ -338,6 +338,12 @@ class Service(Identities):
         if who.stored or who in tx.stored:
             self.store.drop_session(who.id)
         tx.ended.append(who)
+
+    def identify(self, tx: Tx, who: Session, identity: Identity) -> None:
+        """Note by what a session's process is known: this daemon may see it from another PID namespace."""
+        who.identity = identity
+        if who.stored:
+            self.store.set_identity(who.id, identity)
 
     def reassert(self, tx: Tx, who: Session, holds: list[p.Hold]) -> None:
         """Take back what a holder says it held before an I/O error, where the database does not contradict."""

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from madsci_registry.types import Proof
 from madsci_registryd.faults import BadConfiguration
 
 if sys.version_info >= (3, 11):
@@ -41,6 +42,8 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     idle_exit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Seconds without any client after which the daemon ends. Default: it never does."""
+    proof: Proof = "pidfd"
+    """The best proof of life that is used; a lower one than the kernel gives is for tests and for its bugs."""
     sessions_per_uid: Annotated[int, Field(ge=1, le=100_000)] = 4096
     """How many client processes one user may have."""
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import apsw
 
+from madsci_registry.types import Process
 from madsci_registryd import queries as q
-from madsci_registryd.locks import Owner, Presence, Session
+from madsci_registryd.locks import Identity, Owner, Presence, Session
 
 LOCK_EVENTS = frozenset({"granted", "released", "ended", "broken"})
 
@@ -166,8 +167,11 @@ class Store:
     # sessions
 
     def add_session(self, s: Session) -> None:
-        row = (s.id, s.token_hash, s.uid, s.gid, s.pid, s.start_time, s.pidfd_inode, s.boot_id, s.pid_namespace)
-        self._run(q.ADD_SESSION, (*row, s.client, s.started_at))
+        row = (s.id, s.token_hash, s.process.uid, s.process.gid, *s.identity, s.client, s.started_at)
+        self._run(q.ADD_SESSION, row)
+
+    def set_identity(self, id: str, identity: Identity) -> None:
+        self._run(q.SET_IDENTITY, (*identity, id))
 
     def drop_session(self, id: str) -> None:
         self._run(q.DROP_SESSION, (id,))
@@ -178,22 +182,14 @@ class Store:
             Session(
                 id=id,
                 token_hash=token_hash,
-                uid=uid,
-                gid=gid,
-                pid=pid,
-                start_time=start_time,
-                pidfd_inode=inode,
-                boot_id=boot_id,
-                pid_namespace=namespace,
+                process=Process(pid=identity[0], uid=uid, gid=gid, proof="connection"),
+                identity=Identity(*identity),
                 client=client,
                 started_at=started_at,
-                proof="connection",
                 presence=Presence.DETACHED,
                 stored=True,
             )
-            for id, token_hash, uid, gid, pid, start_time, inode, boot_id, namespace, client, started_at in self._run(
-                q.SESSIONS
-            )
+            for id, token_hash, uid, gid, *identity, client, started_at in self._run(q.SESSIONS)
         ]
 
     # events

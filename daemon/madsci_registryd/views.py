@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from madsci_registry.errors import HeldError
-from madsci_registry.types import Holder
+from madsci_registry.types import Holder, SessionInfo
 from madsci_registryd.locks import Presence, Session
 from madsci_registryd.store import Lock, Row
 
@@ -19,15 +19,12 @@ def new_holder(session_of: SessionOf, host: str, lock: Lock) -> Holder:
     s = session_of(lock.owner.session)
     assert s is not None, "a lock has a session as long as it lives"
     return Holder(
-        pid=s.pid,
-        uid=s.uid,
+        **vars(s.process),
         host=host,
-        instance=lock.owner.instance,
         session=s.id,
         since=lock.acquired_at,
-        proof=s.proof,
-        comm=s.comm,
-        command_line=s.command_line,
+        instance=lock.owner.instance,
+        client=s.client,
     )
 
 
@@ -51,20 +48,16 @@ def component(session_of: SessionOf, host: str, row: Row, waiting: int) -> dict[
 
 def session_info(s: Session, held: int, waiting: int) -> dict[str, Any]:
     """Return a session as the protocol has it."""
-    return {
-        "id": s.id,
-        "pid": s.pid,
-        "uid": s.uid,
-        "gid": s.gid,
-        "comm": s.comm,
-        "command_line": s.command_line,
-        "client": s.client,
-        "started_at": s.started_at,
-        "attached": s.presence is Presence.ATTACHED,
-        "proof": s.proof,
-        "held": held,
-        "waiting": waiting,
-    }
+    return SessionInfo(
+        **vars(s.process),
+        id=s.id,
+        started_at=s.started_at,
+        attached=s.presence is Presence.ATTACHED,
+        held=held,
+        waiting=waiting,
+        protocol_version=s.protocol_version,
+        client=s.client,
+    ).to_json()
 
 
 def held_by(session_of: SessionOf, host: str, name: str, row: Row | None, who: Session, **facts: Any) -> HeldError:
@@ -74,8 +67,10 @@ def held_by(session_of: SessionOf, host: str, name: str, row: Row | None, who: S
         return HeldError(message, name=name, id=row.id if row else None, **facts)
     holder = new_holder(session_of, host, row.lock)
     is_me = holder.session == who.id
-    by = "another instance in this process" if is_me else f"pid {holder.pid} ({holder.comm}, uid {holder.uid})"
+    by = "another instance in this process" if is_me else holder.label
     message = f"{name!r} is held by {by} on {host} since {holder.since}"
+    if holder.end_command and not is_me:
+        message += f"; `{holder.end_command}` would end it"
     return HeldError(message, name=name, id=row.id, holder=holder, is_me=is_me, **facts)
 
 

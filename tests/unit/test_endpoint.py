@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from madsci_registry import InvalidError
-from madsci_registry._autostart import clean_environment, command, innermost_unit, refusal
+from madsci_registry._autostart import clean_environment, command, refusal
 from madsci_registry._endpoint import SYSTEM_REGISTRY, SYSTEM_RUN, Endpoint, choose
+from madsci_registry.cgroups import innermost_unit
 
 
 @pytest.fixture

@@ -7,11 +7,13 @@ import math
 
 import pytest
 
+from madsci_registry.types import Process, Proof
 from madsci_registryd.locks import (
     TRANSITIONS,
     Claim,
     ClaimEvent,
     ClaimState,
+    Identity,
     Owner,
     Presence,
     Queues,
@@ -99,7 +101,8 @@ def test_next_claim_passes_over_who_cannot_hear() -> None:
         (Presence.DETACHED, "connection", 10),
     ],
 )
-def test_session_ends_only_by_its_rule(presence: Presence, proof: str, ends_after_s: float) -> None:
+def test_session_ends_only_by_its_rule(presence: Presence, proof: Proof, ends_after_s: float) -> None:
     """Proven alive lasts over a restart for ever, unproven 10 s; a lost connection 2 s; an attached one always."""
-    session = Session("s", b"", 1, 1, 1, proof, "b", 1, "t", presence=presence, since=100.0)  # type: ignore[arg-type]
+    process, identity = Process(pid=1, uid=1, gid=1, proof=proof), Identity(1, 1, 1, "boot", 1)
+    session = Session("s", b"", process, identity, "t", presence=presence, since=100.0)
     assert session.ends_at() == 100.0 + ends_after_s
