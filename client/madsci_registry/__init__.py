@@ -41,10 +41,21 @@ from madsci_registry.errors import (
     WaitingError,
     WrongTypeError,
 )
-from madsci_registry.types import Component, ComponentType, Event, Holder, ImportedEntry, ImportReport, SessionInfo
+from madsci_registry.types import (
+    Component,
+    ComponentType,
+    Event,
+    Holder,
+    ImportedEntry,
+    ImportReport,
+    LockState,
+    Process,
+    SessionInfo,
+)
 
 if TYPE_CHECKING:
     from madsci_registry.client import RegistryClient
+    from madsci_registry.fence import Fence
     from madsci_registry.registration import Registration
 
 __all__ = [
@@ -55,6 +66,7 @@ __all__ = [
     "ConflictError",
     "CorruptError",
     "Event",
+    "Fence",
     "HeldError",
     "Holder",
     "ImportReport",
@@ -63,10 +75,12 @@ __all__ = [
     "InvalidError",
     "LabUnavailableError",
     "LockLostError",
+    "LockState",
     "NameTakenError",
     "NoSpaceError",
     "NotFoundError",
     "PermissionDeniedError",
+    "Process",
     "ProtocolVersionError",
     "QuotaError",
     "Registration",
@@ -96,4 +110,8 @@ def __getattr__(name: str) -> object:
         from madsci_registry.registration import Registration
 
         return Registration
+    if name == "Fence":  # fcntl is not everywhere
+        from madsci_registry.fence import Fence
+
+        return Fence
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """What this process holds, and what it has asked for: pure bookkeeping, no socket.
 
 Rules
-1. A Grant is one lock: (instance, name, fencing_token). It ends once: released here, or lost.
+1. A Grant is one lock: (instance, name, fencing_token). It ends once, for good: released here, or lost.
 2. A lost lock never comes back: a grant at or below the highest lost token of its name is born lost, because the loss
    (lifeline) can overtake the grant (reply).
 3. A grant that another thread is just releasing is not handed out again: each call under way remembers the highest
@@ -11,17 +11,21 @@ Rules
 Theory of operation
 release and close come from atexit, `__del__` and signal handlers, in the middle of any line of this module. So nothing
 here takes a lock: each step is one operation that the interpreter does at once (a dict's or list's own method), and a
-Grant ends by whoever pops the only element of a list. `Grant.nest` alone has a lock; finalizers do not come there.
+Grant ends by whoever is first to put its end into a dict. `Grant.enter` and `leave` alone have a lock; finalizers do
+not come there. Who wants to be told of changes is told by one thread, which also sees to it that each is told once.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from typing import Any, NamedTuple
+
+from madsci_registry.types import LockState
 
 log = logging.getLogger("madsci_registry")
 
@@ -40,16 +44,32 @@ class Grant:
         self.place = (key, fencing_token)
         """Changed as one when the component is renamed."""
         self.by_hold = False
-        self.end_reason = ""
-        self.was_lost = False
-        self._live = [True]
-        self._callbacks: deque[tuple[Callable[[Any], None], Any]] = deque()
+        self.latest = 0
+        """The number of the last Registration of it: resolving anew hands the lock on to that one."""
+        self.told: LockState = "held"
+        """What its listeners were told last; only for the thread that tells them."""
+        self.listeners: deque[tuple[Callable[[Any, LockState], None], Any]] = deque()
+        self.mourners: deque[tuple[Callable[[Any], None], Any]] = deque()
+        """Who wants to know of its loss, once."""
+        self._numbers = itertools.count(1)
+        self._end: dict[None, tuple[str, LockState]] = {}
         self._nest = 0
         self._nest_lock = threading.Lock()
 
     @property
     def held(self) -> bool:
-        return bool(self._live)
+        return not self._end
+
+    @property
+    def end_reason(self) -> str:
+        """Why it ended, "" while it has not."""
+        return self._end[None][0] if self._end else ""
+
+    def state(self, *, is_connected: bool) -> LockState:
+        """Say how it stands, given whether the daemon is there."""
+        if self._end:
+            return self._end[None][1]
+        return "held" if is_connected else "suspended"
 
     @property
     def key(self) -> Key:
@@ -61,30 +81,36 @@ class Grant:
 
     def end(self, reason: str, *, lost: bool) -> bool:
         """End the grant; True for the one caller that did."""
-        try:
-            self._live.pop()
-        except IndexError:
-            return False
-        self.end_reason = reason
-        self.was_lost = lost
-        if lost:
-            self._call_back()
-        return True
+        end: tuple[str, LockState] = (reason, "lost" if lost else "released")
+        is_first = self._end.setdefault(None, end) is end
+        if is_first:
+            self.tell(end[1])
+        return is_first
+
+    def hand_out(self) -> int:
+        """Number one more Registration of it."""
+        self.latest = next(self._numbers)
+        return self.latest
 
     def on_lost(self, callback: Callable[[Any], None], registration: Any) -> None:
         """Have `callback(registration)` called once when the lock is lost, now if it is already."""
-        _callbacks.start()
-        self._callbacks.append((callback, registration))
-        if self.was_lost:
-            self._call_back()
+        self.mourners.append((callback, registration))
+        self._told_from_now_on()
 
-    def _call_back(self) -> None:
-        while True:
-            try:
-                callback, registration = self._callbacks.popleft()
-            except IndexError:
-                return
-            _callbacks.put(callback, registration)
+    def on_state(self, callback: Callable[[Any, LockState], None], registration: Any) -> None:
+        """Have `callback(registration, state)` called at each change; now if the lock has ended already."""
+        self.listeners.append((callback, registration))
+        self._told_from_now_on()
+
+    def _told_from_now_on(self) -> None:
+        _callbacks.start()
+        if self._end:
+            self.tell(self._end[None][1])
+
+    def tell(self, state: LockState) -> None:
+        """Let who wants to know be told of a state, in the order of these calls; never waits."""
+        if self.listeners or self.mourners:
+            _callbacks.put(self, state)
 
     def enter(self) -> bool:
         """Count one more `hold`; False where the grant has ended."""
@@ -214,6 +240,11 @@ class Ledger:
             log.warning("the lock on %r (fencing token %s) is lost: %s", grant.key.name, grant.fencing_token, reason)
         self.drop(grant)
 
+    def tell_all(self, state: LockState) -> None:
+        """Tell of a state that all locks which are held are in now."""
+        for grant in self.held():
+            grant.tell(state)
+
     def lose_all(self, reason: str) -> None:
         """End all grants as lost: the session is gone."""
         for grant in list(self._grants.values()):
@@ -256,10 +287,10 @@ class Ledger:
 
 
 class _Callbacks:
-    """The one thread that runs callbacks, so that none runs in a thread that has to read on."""
+    """The one thread that runs callbacks, so that none runs in a thread that has to read on, and each is told once."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[Callable[[Any], None], Any]] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[Grant, LockState]] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -267,18 +298,42 @@ class _Callbacks:
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="madsci-registry-callbacks", daemon=True)
-                self._thread.start()
+                try:
+                    self._thread.start()
+                except RuntimeError:  # the interpreter ends, or has no room for a thread: nobody is told
+                    self._thread = None
 
-    def put(self, callback: Callable[[Any], None], registration: Any) -> None:
-        self._queue.put((callback, registration))
+    def put(self, grant: Grant, state: LockState) -> None:
+        self._queue.put((grant, state))
 
     def _run(self) -> None:
         while True:
-            callback, registration = self._queue.get()
-            try:
-                callback(registration)
-            except Exception:  # the outer loop of this thread: a callback's fault is its author's
-                log.exception("a callback for a lost lock raised")
+            _tell(*self._queue.get())
+
+
+def _tell(grant: Grant, state: LockState) -> None:
+    if grant.told in ("lost", "released"):
+        state = grant.told  # the end has overtaken it; but who came late still hears of the end
+    elif state == grant.told:
+        return
+    grant.told = state
+    if state in ("held", "suspended"):
+        for callback, registration in list(grant.listeners):
+            _call(callback, registration, state)
+        return
+    while grant.listeners:
+        callback, registration = grant.listeners.popleft()
+        _call(callback, registration, state)
+    while state == "lost" and grant.mourners:
+        mourner, registration = grant.mourners.popleft()
+        _call(mourner, registration)
+
+
+def _call(callback: Callable[..., None], *arguments: Any) -> None:
+    try:
+        callback(*arguments)
+    except Exception:  # the outer loop of this thread: a callback's fault is its author's
+        log.exception("a callback for a lock raised")
 
 
 _callbacks = _Callbacks()

@@ -8,10 +8,13 @@ next resume tells the daemon the same.
 
 from __future__ import annotations
 
+import math
 import os
+import select
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,11 @@ from madsci_registry.errors import PermissionDeniedError, RegistryTimeoutError, 
 _READ_BYTES = 65536
 WELCOME_MAX_BYTES = 64 << 20
 """The daemon's longest line: a welcome that lists 200,000 locks."""
+
+_LOOK_S = 0.5
+"""Longest wait for another thread that is just reading."""
+
+Take = Callable[["Connection", dict[str, Any]], None]
 
 _open_sockets: set[socket.socket] = set()
 
@@ -46,7 +54,13 @@ class Connection:
         """What the daemon says this process holds: ((instance, name), fencing_token)."""
         self.said_renamed: list[dict[str, Any]] = welcome.get("renamed", [])
         """What of that was renamed while the connection was down."""
+        self.grace_s: float | None = welcome.get("grace_s")
+        """How long after the connection's end the locks are still ours; None: as long as this process lives."""
         self.broken = False
+        self.broken_at = math.inf
+        """Monotonic instant at which the end was noticed."""
+        self._reading = threading.RLock()
+        self._is_reading = False
         self._broken_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             self.channel = Channel(request_socket, self._broken_fd)
@@ -61,6 +75,8 @@ class Connection:
 
     def fail(self) -> None:
         """End the connection, here and now, and with it all requests under way. Idempotent, from any thread."""
+        if not self.broken:
+            self.broken_at = time.monotonic()
         self.broken = True
         os.eventfd_write(self._broken_fd, 1)
         self._stream.end()
@@ -71,14 +87,32 @@ class Connection:
         if not self.broken and not self._stream.try_send(protocol.encode(line) + b"\n"):
             self.fail()
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Yield what the daemon says until the connection ends, then end it here too."""
+    def listen(self, take: Take) -> None:
+        """Give `take` what the daemon says, line by line, until the connection ends; then end it here too."""
+        while not self.broken:
+            self.look(take)
+            self._stream.wait()
+
+    def look(self, take: Take) -> None:
+        """Give `take` what has come and nobody has read, without waiting for more; any thread may.
+
+        So a process that was frozen knows what happened meanwhile before its listening thread is awake.
+        """
+        if not self._reading.acquire(timeout=_LOOK_S):
+            return  # at interpreter shutdown whoever reads may never go on
         try:
-            while (line := self._stream.read_line()) is not None:
-                yield protocol.decode(line)
-        except (OSError, ValueError):
-            pass
-        self.fail()
+            if self._is_reading:
+                return  # a signal handler in the middle of it
+            self._is_reading = True
+            try:
+                for line in self._stream.lines_there():
+                    take(self, protocol.decode(line))
+            except (OSError, ValueError):
+                self.fail()
+            finally:
+                self._is_reading = False
+        finally:
+            self._reading.release()
 
     def close(self) -> None:
         """Close the lifeline's descriptor; only for the thread that reads it."""
@@ -118,20 +152,44 @@ class _Stream:
         except OSError:
             return False
 
-    def read_line(self, deadline: float | None = None) -> bytes | None:
+    def read_line(self, deadline: float) -> bytes | None:
         """Return the next line, None at the end. Raises OSError, ValueError for an endless line."""
-        while (end := self._buffer.find(b"\n")) < 0:
-            if len(self._buffer) > WELCOME_MAX_BYTES:
-                raise ValueError("a line of the daemon is too long")
-            if deadline is not None:
-                self._socket.settimeout(_left_s(deadline))
+        while (line := self._buffered_line()) is None:
+            self._socket.settimeout(_left_s(deadline))
             part = self._socket.recv(_READ_BYTES)
             if not part:
                 return None
             self._buffer += part
+        return line
+
+    def lines_there(self) -> Iterator[bytes]:
+        """Yield the lines that have come, without waiting. Raises OSError at the end, ValueError as `read_line`."""
+        while True:
+            while (line := self._buffered_line()) is not None:
+                yield line
+            try:
+                part = self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            if not part:
+                raise ConnectionResetError("the daemon went away")
+            self._buffer += part
+
+    def _buffered_line(self) -> bytes | None:
+        end = self._buffer.find(b"\n")
+        if end < 0:
+            if len(self._buffer) > WELCOME_MAX_BYTES:
+                raise ValueError("a line of the daemon is too long")
+            return None
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         return line
+
+    def wait(self) -> None:
+        """Wait until something comes, or the end."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        poll.poll()
 
     def end(self) -> None:
         try:

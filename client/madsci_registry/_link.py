@@ -27,7 +27,10 @@ log = logging.getLogger("madsci_registry")
 
 FIRST_PAUSE_S = 0.01
 LONGEST_PAUSE_S = 1.0
-"""Between two tries to connect: a restarted daemon is back within a second."""
+"""Between two tries to connect. In between a quarter of the time that it took so far, since a restarted daemon is
+expected back within half a second."""
+LOOK_S = 0.5
+"""How long `ensure` may take where the connection is down and a daemon is there."""
 ATTEMPT_S = 10.0
 """For one try to start a daemon and be welcomed."""
 LONGEST_START_PAUSE_S = 30.0
@@ -49,6 +52,42 @@ class Link:
         self._connecting = threading.Lock()
         self._reader: threading.Thread | None = None
 
+    # looking
+
+    def look(self, *, resume: bool = False) -> bool:
+        """Take in what is known by now and tell whether the daemon is there.
+
+        Args:
+            resume: if the connection is down, also try at once whether a daemon is there to say what we hold.
+        """
+        connection = self._connection
+        if connection is None:
+            return False
+        if not connection.broken:
+            connection.look(self._told)
+        if connection.broken and resume and not (self.closed or self.ledger.is_idle):
+            self._resume_at_once(time.monotonic() + LOOK_S)
+        self._give_up_in_time(connection)
+        connection = self._connection or connection
+        return not connection.broken
+
+    def _resume_at_once(self, deadline: float) -> None:
+        if self._connecting.acquire(timeout=LOOK_S):
+            try:
+                if self._connection is not None and self._connection.broken:
+                    self._open(deadline)
+            except (Absent, RegistryError):
+                pass  # the watching thread goes on trying
+            finally:
+                self._connecting.release()
+
+    def _give_up_in_time(self, connection: Connection) -> None:
+        """Lose what nobody can prove to be ours: by now a new daemon may have given it away."""
+        if connection.grace_s is not None and time.monotonic() - connection.broken_at >= connection.grace_s:
+            reason = f"the daemon was away for {connection.grace_s:g} s and cannot prove that this process lives"
+            if self._connection is connection:
+                self.ledger.lose_all(reason)
+
     # connecting
 
     def connection(self, deadline: float, start: Start) -> Connection:
@@ -61,7 +100,7 @@ class Link:
         Raises:
             UnavailableError: nobody is there, with a hint what to do. RegistryError: refused, or no answer.
         """
-        pause_s = FIRST_PAUSE_S
+        began = time.monotonic()
         while True:
             if not self._connecting.acquire(timeout=_lock_timeout_s(deadline)):
                 raise RegistryTimeoutError(f"no connection to the daemon of {self.endpoint} in time")
@@ -76,8 +115,7 @@ class Link:
                 return connection
             if start is Start.NEVER or time.monotonic() >= deadline:
                 raise self._absent(start)
-            time.sleep(max(0.0, min(pause_s, deadline - time.monotonic())))
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            time.sleep(max(0.0, min(_pause_s(began), deadline - time.monotonic())))
 
     def _connect_once(self, deadline: float, start: Start) -> Connection | None:
         """Connect, starting a daemon where that is allowed; None: nobody is there yet."""
@@ -154,8 +192,11 @@ class Link:
             key = Key(line["instance"], line["name"])
             self.ledger.renamed(key, line["old_token"], line["to"], line["fencing_token"])
         strangers = self._give_back_unknown(connection, connection.said_held)
+        if self._connection is not None:
+            self.ledger.tell_all("suspended")
         self.ledger.reconcile(connection.said_held)
         self._connection = connection
+        self.ledger.tell_all("held")
         # A call that gave up between the look and now found no connection to say so.
         self._give_back_unknown(connection, [lock for lock in connection.said_held if lock not in strangers])
         if self._reader is None:
@@ -182,8 +223,7 @@ class Link:
     def _watch(self, connection: Connection | None) -> None:
         try:
             while connection is not None:
-                for line in connection.lines():
-                    self._told(connection, line)
+                connection.listen(self._told)
                 connection.close()
                 connection = self._next_connection(connection)
         except BaseException:
@@ -206,8 +246,9 @@ class Link:
 
     def _next_connection(self, ended: Connection) -> Connection | None:
         """Wait for, or make, the connection after `ended`; None: there is no need for one."""
+        self._tell_suspended(ended)
         owes = not self.ledger.is_idle
-        pause_s, start_pause_s, next_start_at, complained = FIRST_PAUSE_S, 1.0, 0.0, False
+        began, start_pause_s, next_start_at, complained = time.monotonic(), 1.0, 0.0, False
         while True:
             with self._connecting:
                 if self._connection is not ended:
@@ -215,6 +256,7 @@ class Link:
                 if not owes:
                     self._reader = None
                     return None
+                self._give_up_in_time(ended)
                 now = time.monotonic()
                 start = Start.EXISTING if self._wants_daemon() and now >= next_start_at else Start.WAIT
                 if start is Start.EXISTING:
@@ -229,8 +271,14 @@ class Link:
                     if not complained:
                         log.warning("cannot resume the session of %s: %s; trying on", self.endpoint, error)
                     complained = True
-            time.sleep(pause_s if self._connection is ended else 0)
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            time.sleep(_pause_s(began) if self._connection is ended else 0)
+
+    def _tell_suspended(self, ended: Connection) -> None:
+        if self._connection is not ended:
+            return
+        self.ledger.tell_all("suspended")
+        if self._connection is not ended:  # another thread was quicker: the last word is what is so
+            self.ledger.tell_all("held")
 
     def _wants_daemon(self) -> bool:
         return any(self.users.values()) and self.endpoint.exists() and not self.closed
@@ -252,6 +300,10 @@ class Link:
         if connection is not None:
             connection.say(protocol.Bye())
             connection.fail()
+
+
+def _pause_s(began: float) -> float:
+    return min(max(FIRST_PAUSE_S, (time.monotonic() - began) / 4), LONGEST_PAUSE_S)
 
 
 def _lock_timeout_s(deadline: float) -> float:

@@ -127,7 +127,9 @@ class RegistryClient:
                 Ask(body | {"acquire_lock": False}, self.timeout, start=self._start(Start.MAKE), is_write=True)
             )
             return self._registration(session, result, None)
-        return self._lock(body, wait_s)[0]
+        registration, grant = self._lock(body, wait_s)
+        registration._own(grant)
+        return registration
 
     def _lock(self, body: dict[str, Any], wait_s: float) -> tuple[Registration, Grant]:
         session = self._shared()
@@ -197,7 +199,10 @@ class RegistryClient:
                 return self.resolve(item["name"], item["component_type"])
             except RegistryError as error:
                 return error
-        return self._registration(session, answer["ok"], grant)
+        registration = self._registration(session, answer["ok"], grant)
+        if grant is not None:
+            registration._own(grant)
+        return registration
 
     def hold(
         self, name: str, component_type: ComponentType, metadata: dict[str, Any] | None = None, *, wait: float = 0

@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from madsci_registry._ledger import Grant
     from madsci_registry._session import Session
     from madsci_registry.client import RegistryClient
-    from madsci_registry.types import ComponentType
+    from madsci_registry.types import ComponentType, LockState
 
 
 class Registration:
     """A resolved name; `str()` gives the ULID.
 
     It keeps its client alive; collecting it frees nothing: the lock lives until it is released, lost, or its process
-    ends. Threads may share it. In a forked child it holds nothing, and releasing it there does nothing.
+    ends. A client that resolves a name anew has the same lock, which the new Registration releases then: an older one
+    no longer does, so that no finalizer of a forgotten object frees what is in use. Threads may share it. In a forked
+    child it holds nothing, and releasing it there does nothing.
     """
 
     def __init__(
@@ -29,6 +31,8 @@ class Registration:
         self._client = client
         self._session = session
         self._grant = grant
+        self._number = 0
+        """Which Registration of the grant it is; 0: made by `hold`, which releases at the end of its block."""
         self._name: str = result["name"]
         self.id: str = result["id"]
         """The ULID: 26 characters, for ever the same for this component."""
@@ -60,38 +64,77 @@ class Registration:
         return self._grant.fencing_token if self._grant else None
 
     @property
+    def state(self) -> LockState | None:
+        """How the lock stands: held, suspended, lost or released; None where there is none in this process.
+
+        suspended: the daemon is not there, and the lock is still ours: for as long as this process lives where the
+        daemon could prove that, else for 10 s. lost and released are for ever. What the daemon has said counts even
+        if nobody has read it yet, as after a SIGSTOP; otherwise asks nobody.
+        """
+        if self._grant is None or self._session.pid != os.getpid():
+            return None
+        return self._grant.state(is_connected=self._session.look())
+
+    @property
     def held(self) -> bool:
-        """True while the lock is held, as far as this process has been told; asks nobody."""
-        return self._grant is not None and self._grant.held and self._session.pid == os.getpid()
+        """True while the lock is ours, held or suspended; see `state`."""
+        return self.state in ("held", "suspended")
 
     def ensure(self) -> None:
-        """Do nothing while the lock is held; asks nobody.
+        """Do nothing while the lock is ours, held or suspended; to be called before acting on it.
+
+        Takes microseconds while the connection is up. Where it is down, but a daemon is there to be asked, as after a
+        SIGSTOP over a restart, that one says whether the lock is still ours; this may take 0.5 s.
 
         Raises:
             LockLostError: it is lost or released, belongs to the parent of this forked process, or was never taken.
         """
-        if self.held:
-            return
-        reason = "no lock was asked for" if self._grant is None else self._grant.end_reason
+        grant = self._grant
+        if grant is None:
+            raise self._lost("no lock was asked for")
         if self._session.pid != os.getpid():
-            reason = "it belongs to the parent of this process"
+            raise self._lost("it belongs to the parent of this process")
+        self._session.look(resume=True)
+        if not grant.held:
+            raise self._lost(grant.end_reason)
+
+    def _lost(self, reason: str) -> LockLostError:
         message = f"{self.name!r} is not held: {reason}"
-        raise LockLostError(message, name=self.name, fencing_token=self.fencing_token, reason=reason)
+        return LockLostError(message, name=self.name, fencing_token=self.fencing_token, reason=reason)
 
     def on_lost(self, callback: Callable[[Registration], None]) -> None:
         """Call `callback(registration)` once when the lock is lost, at once if it is lost already.
 
-        A release is no loss. Callbacks run one after the other in a thread of their own.
+        A release is no loss. All callbacks run one after the other in one thread of their own.
         """
         if self._grant is not None and self._session.pid == os.getpid():
             self._grant.on_lost(callback, self)
 
+    def on_state(self, callback: Callable[[Registration, LockState], None]) -> None:
+        """Call `callback(registration, state)` once at each change of `state`, at once if the lock has ended already.
+
+        In the order in which the changes happened, in the thread of all callbacks; nothing comes after lost or
+        released. Which state it is says the argument: `registration.state` may have changed again.
+        """
+        if self._grant is not None and self._session.pid == os.getpid():
+            self._grant.on_state(callback, self)
+
     def release(self) -> bool:
         """Give the lock back; True if it was held here until now.
 
+        False, and nothing changes, where it has ended already, or where this client has resolved the name anew since:
+        then the newest Registration releases it, and older ones end with that.
+
         Takes at most 0.5 s, raises nothing and never connects: where the daemon is away it hears of it when it is back.
-        Works from atexit and finalizers. Other Registrations of the same client for this name end too.
+        Works from atexit and finalizers.
         """
+        return self._grant is not None and self._grant.latest == self._number and self._give_back()
+
+    def _own(self, grant: Grant) -> None:
+        """Be the one that releases the lock from now on."""
+        self._number = grant.hand_out()
+
+    def _give_back(self) -> bool:
         return self._grant is not None and self._session.release(self._grant, self._client.timeout)
 
 
@@ -111,4 +154,5 @@ class Held:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         registration, grant = self._entered.pop()
-        grant.leave(registration.release)
+        if registration.state is not None:  # else a forked child leaves its parent's block
+            grant.leave(registration._give_back)

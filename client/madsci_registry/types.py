@@ -15,6 +15,11 @@ Proof = Literal["pidfd", "pid", "connection"]
 """How surely a holder is known to live: by a pidfd of it, by its pid and start time, by its connection alone."""
 
 
+LockState = Literal["held", "suspended", "lost", "released"]
+"""How a lock stands for who took it. suspended: its daemon is not there, and the lock is still ours; lost and released
+are for ever."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Process:
     """A client process by the kernel's word; nothing of it is what the client said. None: not visible to the daemon.

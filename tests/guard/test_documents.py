@@ -57,6 +57,16 @@ def test_example_of_the_readme_works(daemon: DaemonProcess) -> None:
     assert third == "None free"
 
 
+def test_fence_example_of_the_readme_prints_what_it_shows(tmp_path: Path) -> None:
+    """The fence of the README refuses the older token in the very words that stand there."""
+    example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1].replace("/tmp/lab/", f"{tmp_path}/")
+    shown = re.findall(r"```console\n(fencing token .*?)```", README, re.DOTALL)[0]
+    done = subprocess.run(
+        [sys.executable, "-c", example], env=environment(), capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == shown
+
+
 def test_readme_begins_with_its_two_commands() -> None:
     """Who opens the README sees `make run` and `make test` before any other command or output."""
     code = [line.strip() for line in README.splitlines() if line.startswith(("    ", "```"))]
