@@ -158,7 +158,7 @@ def test_release_on_the_way_out_with_the_daemon_frozen_ends_in_time(daemon: Daem
     how_it_ended(daemon)
 
 
-# From Python 3.12 on no thread can be started while the interpreter ends.
+# Python 3.12 lets no thread be started while the interpreter ends.
 AT_EXIT_WITHOUT_THREADS = """
 import _thread, atexit, threading
 
@@ -184,13 +184,18 @@ def test_atexit_needs_no_new_thread(daemon: DaemonProcess) -> None:
 
 
 RESOLVES_AT_EXIT = """
-import atexit
+import atexit, threading
 from madsci_registry import RegistryError
 client.close()
 late = RegistryClient(sys.argv[1], autostart=False)
 
 @atexit.register
 def at_exit():
+    try:  # Python 3.12 refuses it, others do not
+        threading.Thread(target=int).start()
+        print("threads")
+    except RuntimeError:
+        pass
     try:
         with late.hold("leg", "node"):
             print("held")
@@ -204,8 +209,8 @@ def test_first_request_in_atexit_is_served_or_refused_in_words(daemon: DaemonPro
     not; it neither hangs nor breaks."""
     with program(daemon, RESOLVES_AT_EXIT) as process:
         output, errors = process.communicate(timeout=PATIENCE_S)
-    expected = "unavailable" if sys.version_info >= (3, 12) else "held"
-    assert (process.returncode, output.strip(), errors) == (0, expected, "")
+    assert (process.returncode, errors) == (0, "")
+    assert output.split() in (["threads", "held"], ["unavailable"])
 
 
 # What a notebook does: the same cell twice in one process; the name `node` lets the old object go only after the new
