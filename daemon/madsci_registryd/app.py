@@ -129,6 +129,7 @@ class App:
         peer = holders.peer_found(session.identity, found, uid=session.uid, gid=session.process.gid)
         session.process = facts.process_of(peer)
         session.since = tx.monotonic
+        session.holds_nothing = not self.service.store.locks_of(session.id)
         self.registrar.add_session(session)
         if found.pidfd is not None:
             self.lifelines.watch_process(session, found.pidfd)

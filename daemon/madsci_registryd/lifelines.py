@@ -26,7 +26,7 @@ from madsci_registry.errors import (
     RegistryError,
     SessionRequiredError,
 )
-from madsci_registry.types import Proof
+from madsci_registry.types import Process, Proof
 from madsci_registryd import facts, holders
 from madsci_registryd.batch import Write, always
 from madsci_registryd.clock import iso
@@ -270,7 +270,7 @@ class Lifelines:
         return Session(
             id=str(ulid.ULID()),
             token_hash=hash_token(token),
-            process=facts.process_of(peer),
+            process=Process(pid=peer.pid, uid=peer.uid, gid=peer.gid, proof=peer.proof),
             identity=peer.identity,
             started_at=iso(self._clock.wall()),
         )
@@ -295,18 +295,23 @@ class Lifelines:
         *,
         token: str | None = None,
     ) -> None:
-        if line.is_closed or session.presence is Presence.ENDED:
+        if session.presence is Presence.ENDED:
             if peer.pidfd is not None:
                 os.close(peer.pidfd)
             line.close()
+            return
+        session.process = facts.process_of(peer)
+        if peer.pidfd is not None:
+            self.watch_process(session, peer.pidfd)
+        if line.is_closed or line.session is not None:  # it went, or began another session, while it was written
+            line.close()
+            if session.id not in self._of_session:
+                self._registrar.drop(session)
             return
         earlier = self._of_session.pop(session.id, None)
         if earlier is not None:
             earlier.session = None
             earlier.close()
-        if peer.pidfd is not None:
-            self.watch_process(session, peer.pidfd)
-        session.process = facts.process_of(peer)
         session.client, session.protocol_version = message.client, message.v
         line.session = session
         self._of_session[session.id] = line

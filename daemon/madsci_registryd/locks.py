@@ -6,8 +6,8 @@ Rules
 3. Nobody is granted a name while they cannot hear of it: a waiter whose session is detached keeps its place, for
    RENEW_S, but the name goes to the first who is there.
 4. A session ends when its process is dead; RESUME_S after its lifeline ended while the daemon was up; GRACE_S after a
-   restart of the daemon if its process cannot be proven alive. A process proven alive keeps its session over a
-   restart for as long as it lives. Nothing else ends a session but its own bye.
+   restart of the daemon if its process cannot be proven alive, or if it holds nothing. A process proven alive keeps
+   what it holds over a restart for as long as it lives. Nothing else ends a session but its own bye.
 5. A lock ends with its session, by its owner's release, or by an operator.
 
 Theory of operation
@@ -216,6 +216,8 @@ class Session:
     presence: Presence = Presence.ATTACHED
     since: float = 0.0
     """Monotonic instant of the last change of presence."""
+    holds_nothing: bool = False
+    """It was left by an earlier daemon without a lock: there is nothing to keep it for."""
     stored: bool = False
     """It has a row in the database, committed."""
     withdrawn: deque[int] = field(default_factory=lambda: deque(maxlen=1000))
@@ -259,7 +261,7 @@ class Session:
         """Say when (monotonic) the session ends if nothing happens; infinity for never. Rule 4."""
         if self.presence is Presence.DROPPED:
             return self.since + RESUME_S
-        if self.presence is Presence.DETACHED and self.process.proof == "connection":
+        if self.presence is Presence.DETACHED and (self.process.proof == "connection" or self.holds_nothing):
             return self.since + GRACE_S
         return math.inf
 

@@ -90,19 +90,24 @@ def test_next_claim_passes_over_who_cannot_hear() -> None:
 
 
 @pytest.mark.parametrize(
-    ("presence", "proof", "ends_after_s"),
+    ("presence", "proof", "holds_nothing", "ends_after_s"),
     [
-        (Presence.ATTACHED, "pidfd", math.inf),
-        (Presence.ATTACHED, "connection", math.inf),
-        (Presence.DROPPED, "pidfd", 2),
-        (Presence.DROPPED, "connection", 2),
-        (Presence.DETACHED, "pidfd", math.inf),
-        (Presence.DETACHED, "pid", math.inf),
-        (Presence.DETACHED, "connection", 10),
+        (Presence.ATTACHED, "pidfd", False, math.inf),
+        (Presence.ATTACHED, "pidfd", True, math.inf),
+        (Presence.ATTACHED, "connection", False, math.inf),
+        (Presence.DROPPED, "pidfd", False, 2),
+        (Presence.DROPPED, "connection", False, 2),
+        (Presence.DETACHED, "pidfd", False, math.inf),
+        (Presence.DETACHED, "pidfd", True, 10),
+        (Presence.DETACHED, "pid", False, math.inf),
+        (Presence.DETACHED, "connection", False, 10),
     ],
 )
-def test_session_ends_only_by_its_rule(presence: Presence, proof: Proof, ends_after_s: float) -> None:
-    """Proven alive lasts over a restart for ever, unproven 10 s; a lost connection 2 s; an attached one always."""
+def test_session_ends_only_by_its_rule(
+    presence: Presence, proof: Proof, holds_nothing: bool, ends_after_s: float
+) -> None:
+    """Proven alive lasts over a restart for ever if it holds something, else and unproven 10 s; a lost connection 2 s;
+    an attached one always."""
     process, identity = Process(pid=1, uid=1, gid=1, proof=proof), Identity(1, 1, 1, "boot", 1)
-    session = Session("s", b"", process, identity, "t", presence=presence, since=100.0)
+    session = Session("s", b"", process, identity, "t", presence=presence, since=100.0, holds_nothing=holds_nothing)
     assert session.ends_at() == 100.0 + ends_after_s
