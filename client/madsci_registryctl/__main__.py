@@ -23,6 +23,7 @@ COMMANDS = {
     "status": "watching",
     "where": "watching",
     "sessions": "watching",
+    "doctor": "doctor.command",
     "list": "reading",
     "show": "reading",
     "lookup": "lookup",

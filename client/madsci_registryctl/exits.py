@@ -22,6 +22,8 @@ PERMISSION = 7
 CONFLICT = 8
 PROTOCOL = 9
 INVALID = 10
+ERRORS_FOUND = 11
+"""`doctor` only: it did its work, and what it looked at has errors."""
 LOCK_LOST = 123
 """`run` only: the lock was lost while the command ran."""
 LOCK_NOT_GOT = 125
@@ -61,7 +63,7 @@ BY_CODE = {
 HELP = (
     "Exit status: 0 ok; 1 other; 2 usage; 3 not found; 4 held; 5 timeout; 6 daemon not reachable; 7 permission; "
     "8 conflict (name taken, wrong type, id); 9 protocol versions; 10 invalid or corrupt input; "
-    "run: the command's own, 125 lock not got, 123 lock lost."
+    "doctor: 11 errors found; run: the command's own, 125 lock not got, 123 lock lost."
 )
 
 

@@ -59,7 +59,7 @@ def _connected(endpoint: Endpoint, timeout_s: float) -> Iterator[socket.socket]:
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as lifeline:
         lifeline.settimeout(timeout_s)
         try:
-            _connect(lifeline, endpoint.lifeline)
+            connect(lifeline, endpoint.lifeline)
         except PermissionError:
             path = str(endpoint.lifeline)
             raise PermissionDeniedError(f"you may not use the socket {path}", path=path) from None
@@ -72,8 +72,9 @@ def _connected(endpoint: Endpoint, timeout_s: float) -> Iterator[socket.socket]:
         yield lifeline
 
 
-def _connect(lifeline: socket.socket, path: Path) -> None:
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+def connect(lifeline: socket.socket, path: Path) -> None:
+    """Connect a stream socket to a path of any length. Raises OSError."""
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:  # through procfs, since a path may be longer than the 107 bytes of a socket address
         lifeline.connect(f"/proc/self/fd/{folder}/{path.name}")
     finally:
