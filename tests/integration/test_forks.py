@@ -20,7 +20,7 @@ from madsci_registry.protocol import RESUME_S
 
 # What a child does with what it got from its parent: nothing of it holds, frees or keeps anything of the parent's.
 PROGRAM = '''
-import multiprocessing, os, signal, subprocess, sys, threading, time, warnings
+import ctypes, multiprocessing, os, signal, subprocess, sys, threading, time, warnings
 import zmq
 from madsci_registry import HeldError, LockLostError, Registration, RegistryClient, _transport
 from madsci_registry.types import Holder
@@ -28,6 +28,12 @@ from madsci_registry.types import Holder
 warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads is what shall be tested
 PATH = sys.argv[1]
 client = mine = None
+
+def die_with_parent():
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # no child outlives the test
+
+os.register_at_fork(after_in_child=die_with_parent)
+die_with_parent()
 
 def use_what_was_inherited(pid):
     """In a child that has its parent's objects."""
