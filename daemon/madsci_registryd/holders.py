@@ -40,7 +40,8 @@ class Peer:
 
     @property
     def pid(self) -> int | None:
-        return self.identity.pid
+        """Its pid here; that of a record from another PID namespace may be a stranger's here."""
+        return self.identity.pid if self.identity.pid_namespace == pid_namespace() else None
 
     @property
     def is_mapped(self) -> bool:
