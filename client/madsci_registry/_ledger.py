@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+from madsci_registry._threads import start_thread
 from madsci_registry.types import LockState
 
 log = logging.getLogger("madsci_registry")
@@ -291,17 +292,14 @@ class _Callbacks:
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[tuple[Grant, LockState]] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._has_thread = False
         self._lock = threading.Lock()
 
     def start(self) -> None:
         with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="madsci-registry-callbacks", daemon=True)
-                try:
-                    self._thread.start()
-                except RuntimeError:  # the interpreter ends, or has no room for a thread: nobody is told
-                    self._thread = None
+            if not self._has_thread:
+                # Where none can be started any more, nobody is told.
+                self._has_thread = start_thread(self._run)
 
     def put(self, grant: Grant, state: LockState) -> None:
         self._queue.put((grant, state))

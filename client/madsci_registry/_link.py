@@ -21,6 +21,7 @@ from madsci_registry._ask import Start
 from madsci_registry._endpoint import Endpoint
 from madsci_registry._ledger import Key, Ledger
 from madsci_registry._lifeline import Absent, Connection, connect
+from madsci_registry._threads import start_thread
 from madsci_registry.errors import RegistryError, RegistryTimeoutError, SessionRequiredError, UnavailableError
 
 log = logging.getLogger("madsci_registry")
@@ -50,7 +51,7 @@ class Link:
         self.closed = False
         self._connection: Connection | None = None
         self._connecting = threading.Lock()
-        self._reader: threading.Thread | None = None
+        self._has_reader = False
 
     # looking
 
@@ -199,17 +200,12 @@ class Link:
         self.ledger.tell_all("held")
         # A call that gave up between the look and now found no connection to say so.
         self._give_back_unknown(connection, [lock for lock in connection.said_held if lock not in strangers])
-        if self._reader is None:
-            self._reader = threading.Thread(
-                target=self._watch, args=(connection,), name="madsci-registry-lifeline", daemon=True
-            )
-            try:
-                self._reader.start()
-            except RuntimeError:  # the interpreter ends, or has no room for a thread
-                self._reader = None
+        if not self._has_reader:
+            self._has_reader = start_thread(self._watch, connection)  # it cannot get on before `_connecting` is free
+            if not self._has_reader:
                 connection.fail()
                 connection.close()
-                raise UnavailableError("no thread could be started to watch the connection") from None
+                raise UnavailableError("no thread could be started to watch the connection")
         return connection
 
     def _give_back_unknown(self, connection: Connection, said: list[tuple[Key, int]]) -> set[tuple[Key, int]]:
@@ -227,7 +223,7 @@ class Link:
                 connection.close()
                 connection = self._next_connection(connection)
         except BaseException:
-            self._reader = None
+            self._has_reader = False
             raise
 
     def _told(self, connection: Connection, line: dict[str, Any]) -> None:
@@ -254,7 +250,7 @@ class Link:
                 if self._connection is not ended:
                     return self._connection
                 if not owes:
-                    self._reader = None
+                    self._has_reader = False
                     return None
                 self._give_up_in_time(ended)
                 now = time.monotonic()

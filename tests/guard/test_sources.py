@@ -59,6 +59,17 @@ def test_environment_is_read_in_few_places() -> None:
     assert readers - READS_ENVIRONMENT == set()
 
 
+def test_client_starts_its_threads_in_one_place() -> None:
+    """The client starts no threading.Thread: a Ctrl-C in its start() can look as if it had not started (_threads)."""
+    users = {
+        path.name
+        for path in _module_files()
+        if path.parent.name == "madsci_registry"
+        and {"threading.Thread", "_thread.start_new_thread"} & _attributes(path)
+    }
+    assert users == {"_threads.py"}
+
+
 def test_daemon_takes_time_from_its_clock() -> None:
     """The daemon reads wall and monotonic time in one module, so that tests can turn them."""
     clocks = {"time.time", "time.monotonic", "time.time_ns", "time.monotonic_ns", "datetime.now", "datetime.utcnow"}
