@@ -581,7 +581,7 @@ BAD = [
     (b"\xff\xfe", "frame"),
     (b"[]", "op"),
     (b'{"op":"lookup","name":"\\ud800","token":"a","epoch":1,"seq":1}', "name"),
-    (b'{"op":"resolve","metadata":' + b"[" * 5000 + b"]" * 5000 + b"}", "frame"),
+    (b'{"op":"resolve","metadata":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "frame"),
     (b'{"op":"resolve","metadata":' + b'{"a":' * 300 + b"1" + b"}" * 300 + b"}", "metadata"),
     (b'{"op":"nothing"}', "op"),
     (b'{"op":"lookup","token":"a","epoch":1,"seq":1}', "name"),
