@@ -10,6 +10,7 @@ PID namespace, or one that lacks what would have to be compared, proves neither 
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -25,6 +26,8 @@ from madsci_registry.types import Proof
 from madsci_registryd.locks import Identity
 
 _SO_PEERPIDFD = 77  # asm-generic/socket.h; Python's socket module has no name for it yet
+_OUT_OF_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""No answer about the process: whoever is admitted then would be known less surely than it could."""
 _OVERFLOW_UID = 65534
 
 
@@ -66,7 +69,7 @@ class Found(NamedTuple):
 
 
 def peer_of(sock: socket.socket, best: Proof = "pidfd") -> Peer:
-    """Ask the kernel who connected. Raises ProcessLookupError where that process is gone already."""
+    """Ask the kernel who connected. Raises ProcessLookupError where that process is gone, OSError: out of room."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     number, uid, gid = struct.unpack("3i", raw)
     pid = number or None
@@ -89,10 +92,12 @@ def _pidfd_of_peer(sock: socket.socket, pid: int | None, best: Proof) -> tuple[i
 def _peer_pidfd(sock: socket.socket) -> int | None:
     try:
         pidfd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-    except ProcessLookupError:
-        raise
-    except OSError:
-        return None  # an older kernel
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ESRCH):  # Linux 6.5 and later say so of a process that was reaped
+            raise ProcessLookupError(error.errno, "the peer is gone") from None
+        if error.errno in _OUT_OF_ROOM:
+            raise
+        return None  # an older kernel (ENOPROTOOPT), or a sandbox
     os.set_inheritable(pidfd, False)
     return pidfd
 
@@ -100,9 +105,9 @@ def _peer_pidfd(sock: socket.socket) -> int | None:
 def _open_pidfd(pid: int) -> int | None:
     try:
         return os.pidfd_open(pid)
-    except ProcessLookupError:
-        raise
-    except OSError:
+    except OSError as error:
+        if error.errno == errno.ESRCH or error.errno in _OUT_OF_ROOM:
+            raise
         return None
 
 
@@ -130,6 +135,8 @@ def find(record: Identity, best: Proof = "pidfd") -> Found:
         pidfd = _open_pidfd(record.pid)
     except ProcessLookupError:
         return Found(Life.DEAD)
+    except OSError:
+        return Found(Life.UNPROVEN)
     if pidfd is None:
         return Found(Life.UNPROVEN)
     now = record._replace(start_time=start_time(pidfd), pidfd_inode=pidfd_inode(pidfd))

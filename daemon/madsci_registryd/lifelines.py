@@ -218,7 +218,9 @@ class Lifelines:
     def _begin(self, line: Lifeline, message: p.Hello | p.Resume) -> None:
         try:
             peer = holders.peer_of(line.sock, self._best_proof)
-        except ProcessLookupError:
+        except OSError as error:
+            if not isinstance(error, ProcessLookupError):
+                log.warning("cannot see who connected: %s", error)
             line.close()
             return
         try:

@@ -150,3 +150,18 @@ def test_grace_is_not_measured_by_the_wall_clock(registry_path: Path, workers: W
         waiter.tell("resolve", "arm", wait=60)
         daemon.pass_time(GRACE_S)
         assert waiter.answer()["fencing_token"] > token
+
+
+def test_session_that_holds_nothing_is_not_kept_over_a_restart(turned: TurnedDaemon, stack: ExitStack) -> None:
+    """After a restart, and after the grace, the session of a living process that does not come back is kept if it holds
+    something and gone if it does not."""
+    holder, idler = (stack.enter_context(RawProcess(turned.socket)) for _ in range(2))
+    token = holder.holds("arm")
+    assert "ok" in idler.ask("resolve", "leg", acquire_lock=False)
+    turned.restart()
+    with RegistryClient(turned.registry, autostart=False) as client:
+        assert sorted(s.held for s in client.sessions() if not s.attached) == [0, 1]
+        turned.pass_time(GRACE_S)
+        until(lambda: [s.held for s in client.sessions() if not s.attached] == [1], "for the idler's to end")
+    turned.pass_time(DAY_S)
+    assert token_of(turned.registry) == token

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -142,3 +144,41 @@ def test_pid_namespace_of_two_containers_differs() -> None:
             pytest.skip(f"unshare --pid does not work here: {done.stderr.strip()}")
         seen.add(int(done.stdout))
     assert len(seen) == 4
+
+
+class AnswersWith:
+    """A connected socket on a kernel that answers SO_PEERPIDFD with an error."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def getsockopt(self, level: int, option: int, size: int = 0) -> bytes:
+        if size:
+            return struct.pack("3i", os.getpid(), 7, 7)
+        raise OSError(self._number, os.strerror(self._number))
+
+
+@pytest.mark.parametrize(
+    ("number", "outcome"),
+    [
+        (errno.ENOPROTOOPT, "pid"),
+        (errno.EPERM, "pid"),
+        (errno.EINVAL, ProcessLookupError),
+        (errno.ESRCH, ProcessLookupError),
+        (errno.EMFILE, OSError),
+        (errno.ENOMEM, OSError),
+    ],
+)
+def test_peer_of_on_a_kernel_that_gives_no_pidfd(number: int, outcome: str | type[OSError]) -> None:
+    """A kernel that does not know the option lets the pid do; one that says that the peer was reaped, or that there is
+    no room, admits nobody by a lower tier."""
+    sock: Any = AnswersWith(number)
+    if isinstance(outcome, str):
+        peer = holders.peer_of(sock)
+        assert peer.pidfd is not None
+        os.close(peer.pidfd)
+        assert peer.proof == outcome
+        return
+    with pytest.raises(outcome) as caught:
+        holders.peer_of(sock)
+    assert isinstance(caught.value, ProcessLookupError) == (outcome is ProcessLookupError)
