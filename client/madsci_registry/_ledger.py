@@ -52,10 +52,12 @@ class Grant:
         self.listeners: deque[tuple[Callable[[Any, LockState], None], Any]] = deque()
         self.mourners: deque[tuple[Callable[[Any], None], Any]] = deque()
         """Who wants to know of its loss, once."""
+        self._last_told: LockState = "held"
+        """The last state of which anybody would have been told."""
         self._numbers = itertools.count(1)
         self._end: dict[None, tuple[str, LockState]] = {}
         self._nest = 0
-        self._nest_lock = threading.Lock()
+        self._nest_lock = threading.RLock()  # a signal handler may enter in the middle of a leave
 
     @property
     def held(self) -> bool:
@@ -101,6 +103,8 @@ class Grant:
     def on_state(self, callback: Callable[[Any, LockState], None], registration: Any) -> None:
         """Have `callback(registration, state)` called at each change; now if the lock has ended already."""
         self.listeners.append((callback, registration))
+        if len(self.listeners) == 1 and not self.mourners:
+            self.told = self._last_told  # nobody has been told so far: changes count from here
         self._told_from_now_on()
 
     def _told_from_now_on(self) -> None:
@@ -110,6 +114,7 @@ class Grant:
 
     def tell(self, state: LockState) -> None:
         """Let who wants to know be told of a state, in the order of these calls; never waits."""
+        self._last_told = state
         if self.listeners or self.mourners:
             _callbacks.put(self, state)
 
@@ -330,7 +335,7 @@ def _tell(grant: Grant, state: LockState) -> None:
 def _call(callback: Callable[..., None], *arguments: Any) -> None:
     try:
         callback(*arguments)
-    except Exception:  # the outer loop of this thread: a callback's fault is its author's
+    except (Exception, SystemExit):  # the outer loop of this thread: a callback's fault is its author's
         log.exception("a callback for a lock raised")
 
 

@@ -11,6 +11,8 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from madsci_registry.errors import BusyError, CorruptError, InvalidError, LockLostError
@@ -21,6 +23,23 @@ _LINE = "{:016d}\n"
 _LINE_BYTES = 17
 LOCK_WAIT_S = 5.0
 """How long another process may be at the file: it takes as long as a sync, unless it was stopped in the middle."""
+
+
+_locks: dict[object, threading.Lock] = {}
+"""One for each file, or fence in memory. A forked child makes them anew: a thread of its parent may have had one."""
+
+os.register_at_fork(after_in_child=_locks.clear)
+
+
+@contextmanager
+def _only_thread(key: object) -> Iterator[None]:
+    lock = _locks.setdefault(key, threading.Lock())
+    if not lock.acquire(timeout=LOCK_WAIT_S):
+        raise BusyError("another thread is at this fence and does not go on")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Fence:
@@ -41,7 +60,7 @@ class Fence:
         """
         self._path = None if path is None else Path(path)
         self._highest = 0
-        self._lock = threading.Lock()
+        self._key = object() if path is None else os.path.realpath(path)
 
     def __repr__(self) -> str:
         return f"<Fence {self._path or 'in memory'}>"
@@ -51,7 +70,7 @@ class Fence:
         """The highest token that was let through, 0 before the first. Raises as `check`."""
         if self._path is None:
             return self._highest
-        with self._lock, _File(self._path) as file:
+        with _only_thread(self._key), _File(self._path) as file:
             return file.read()
 
     def check(self, fencing_token: int) -> None:
@@ -62,11 +81,11 @@ class Fence:
 
         Raises:
             LockLostError: a higher one was seen, so that lock is another's by now. InvalidError: it is no token.
-            BusyError: another process is at it and does not go on. CorruptError: the file does not hold a token.
+            BusyError: another process or thread is at it and does not go on. CorruptError: the file holds no token.
             OSError: the file cannot be read or written; then alone the token may count as seen all the same.
         """
         _check_token(fencing_token)
-        with self._lock:
+        with _only_thread(self._key):
             if self._path is None:
                 self._highest = _higher(self._highest, fencing_token)
                 return
@@ -77,7 +96,11 @@ class Fence:
 
 
 class _File:
-    """The file of a fence, locked for one look. Opened each time: a forked child would share a lock on an open file."""
+    """The file of a fence, locked for one look, by one thread at a time.
+
+    By a POSIX lock, which is the process's: a forked child does not have it, as it would have an flock. It is lost with
+    the first close of the file by any thread, hence one at a time.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -95,9 +118,9 @@ class _File:
         deadline = time.monotonic() + LOCK_WAIT_S
         while True:
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
-            except BlockingIOError:
+            except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, POSIX allows both
                 if time.monotonic() >= deadline:
                     raise BusyError(f"{self._path} is locked by another process, which may be stopped") from None
                 time.sleep(0.001)

@@ -18,6 +18,9 @@ from madsci_registryd.clock import iso
 from madsci_registryd.holders import Peer, is_dead, number_in_proc
 
 _COMM_MAX, _LINE_MAX = 64, 500
+_UID_DIGITS = 10  # of 2^32
+# PROC_PID_INIT_INO of the Linux kernel (include/linux/proc_ns.h): the initial PID namespace.
+_INITIAL_PID_NAMESPACE = "pid:[4026531836]"
 
 
 def process_of(peer: Peer) -> Process:
@@ -36,9 +39,14 @@ def process_of(peer: Peer) -> Process:
         process_started_at=_started_at(peer.identity.start_time),
         container=place.container,
         unit=place.unit,
-        end_command=place.stop_command or (f"kill {peer.pid}" if peer.pid and not place.container else None),
+        end_command=place.stop_command or (None if place.container else _kill(peer.pid)),
     )
     return bare if is_dead(peer.pidfd) else facts  # dead by now: another process may have had its number
+
+
+def _kill(pid: int | None) -> str | None:
+    """Say how to end a process by its pid; nothing in a container, where a person outside would end another one."""
+    return f"kill {pid}" if pid and _link(Path("/proc/self/ns/pid")) == _INITIAL_PID_NAMESPACE else None
 
 
 def _text(path: Path) -> str | None:
@@ -89,6 +97,6 @@ def _users(passwd: Path, _mtime_ns: int) -> dict[int, str]:
     users: dict[int, str] = {}
     for line in passwd.read_text("utf-8", "replace").splitlines():
         fields = line.split(":")
-        if len(fields) > 2 and fields[2].isdecimal():
+        if len(fields) > 2 and fields[2].isdecimal() and len(fields[2]) <= _UID_DIGITS:
             users.setdefault(int(fields[2]), _printable(fields[0], 64))
     return users

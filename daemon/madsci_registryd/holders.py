@@ -26,6 +26,7 @@ from madsci_registry.types import Proof
 from madsci_registryd.locks import Identity
 
 _SO_PEERPIDFD = 77  # asm-generic/socket.h; Python's socket module has no name for it yet
+UNKNOWN_BOOT = "unknown"
 _OUT_OF_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """No answer about the process: whoever is admitted then would be known less surely than it could."""
 _OVERFLOW_UID = 65534
@@ -122,11 +123,14 @@ def is_same(one: Identity, other: Identity) -> bool | None:
 
 def may_find(record: Identity, proof: Proof) -> bool:
     """Tell whether a later daemon in this PID namespace will be able to prove that the process lives."""
-    return proof != "connection" and record.pid is not None and (record.pidfd_inode or record.start_time) is not None
+    is_known = record.pid is not None and (record.pidfd_inode or record.start_time) is not None
+    return proof != "connection" and is_known and record.boot_id != UNKNOWN_BOOT
 
 
 def find(record: Identity, best: Proof = "pidfd") -> Found:
     """Look for the process of a record that an earlier daemon made."""
+    if UNKNOWN_BOOT in (record.boot_id, boot_id()):
+        return Found(Life.UNPROVEN)
     if record.boot_id != boot_id():
         return Found(Life.DEAD)
     if record.pid is None or record.pid_namespace != pid_namespace():
@@ -203,8 +207,12 @@ def start_time(pidfd: int | None) -> int | None:
 
 @lru_cache(maxsize=1)
 def boot_id() -> str:
-    """Return what tells this boot of the kernel from others."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """Return what tells this boot of the kernel from others, UNKNOWN_BOOT where that is hidden.
+
+    LXC and systemd-nspawn lay a random file over it in each container: another one there is no other boot.
+    """
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.stat().st_dev == Path("/proc").stat().st_dev else UNKNOWN_BOOT
 
 
 @lru_cache(maxsize=1)

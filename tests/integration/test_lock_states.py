@@ -151,6 +151,22 @@ def test_older_registration_does_not_release_what_was_resolved_anew(client: Regi
     assert (old.state, new.state) == ("released", "released")
 
 
+def test_listener_that_comes_while_the_lock_is_suspended_is_told_of_its_return(
+    daemon: DaemonProcess, client: RegistryClient
+) -> None:
+    """Who asks to be told while no daemon is there hears that the lock is held again; a callback that exits ends
+    nothing but itself."""
+    mine = client.resolve("arm", "node")
+    daemon.kill()
+    until(lambda: mine.state == "suspended" and mine._grant is not None and mine._grant._last_told == "suspended")
+    mine.on_state(lambda registration, state: sys.exit(1))
+    told = Told(mine)
+    daemon.start()
+    assert told.next() == "held"
+    daemon.kill()
+    assert told.next() == "suspended"
+
+
 UNPROVEN = "proof = 'connection'\n"
 
 

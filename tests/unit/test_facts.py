@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from madsci_registry.types import Holder, Proof
-from madsci_registryd import holders
+from madsci_registryd import facts, holders
 from madsci_registryd.clock import iso
 from madsci_registryd.facts import process_of
 from madsci_registryd.holders import Life
@@ -45,7 +46,8 @@ def test_process_of_a_living_peer_tells_what_the_kernel_knows(own_peer: holders.
     assert process.process_started_at is not None
     assert iso(time.time() - 3 * 86400) < process.process_started_at <= iso(time.time() + 2)
     if process.container is None and not (process.unit or "").endswith(".service"):
-        assert process.end_command == f"kill {os.getpid()}"
+        is_host = str(Path("/proc/self/ns/pid").readlink()) == "pid:[4026531836]"
+        assert process.end_command == (f"kill {os.getpid()}" if is_host else None)
 
 
 def test_label_of_an_invisible_process_says_so() -> None:
@@ -120,6 +122,25 @@ def test_find_of_what_cannot_be_compared_proves_nothing(
     """A record of another PID namespace, without a pid, or with nothing to know the process by, is neither proof of
     life nor of death."""
     assert life(record(child.pid)._replace(**changed))[0] is Life.UNPROVEN
+
+
+def test_find_where_the_boot_is_hidden_proves_nothing(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a container lays a random file over the boot's id, another id is no other boot: nobody is dead."""
+    mine = record(child.pid)
+    assert life(mine._replace(boot_id=holders.UNKNOWN_BOOT))[0] is Life.UNPROVEN
+    assert not holders.may_find(mine._replace(boot_id=holders.UNKNOWN_BOOT), "pidfd")
+    monkeypatch.setattr(holders, "boot_id", lambda: holders.UNKNOWN_BOOT)
+    assert life(mine)[0] is Life.UNPROVEN
+
+
+@pytest.mark.parametrize("line", ["x:x:99999999999999999999:1", "x:x:" + "9" * 5000 + ":1", "x", "", "x:x:-1:1"])
+def test_passwd_with_rubbish_in_it_names_the_others(tmp_path: Path, line: str) -> None:
+    """A line that is none in the file of users is passed over."""
+    passwd = tmp_path / "passwd"
+    passwd.write_text(f"{line}\nanna:x:1000:1000::/home:/bin/sh\n")
+    assert facts._users(passwd, 0)[1000] == "anna"
 
 
 def test_find_of_another_boot_is_dead(child: subprocess.Popen[bytes]) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -161,6 +162,55 @@ def test_process_stopped_in_the_middle_makes_the_others_busy(tmp_path: Path, mon
             frozen.kill()
     until(lambda: frozen.poll() is not None)
     Fence(tmp_path / "f").check(1)
+
+
+def test_child_forked_while_a_thread_checks_is_not_kept_out_and_keeps_nobody_out(tmp_path: Path) -> None:
+    """A child that is forked while another thread of its parent is at the file can check, and the parent can while the
+    child lives on with all that it inherited."""
+    gate, there, go_on = Fence(tmp_path / "f"), threading.Event(), threading.Event()
+
+    def be_at_it() -> None:
+        with fence._only_thread(gate._key), fence._File(tmp_path / "f"):
+            there.set()
+            go_on.wait(PATIENCE_S)
+
+    thread = threading.Thread(target=be_at_it)
+    thread.start()
+    assert there.wait(PATIENCE_S)
+    context = multiprocessing.get_context("fork")
+    go_on_in_child, done = context.Event(), context.Event()
+
+    def live_on() -> None:
+        go_on_in_child.wait(PATIENCE_S)
+        gate.check(5)
+        done.set()
+        signal.pause()
+
+    with warnings.catch_warnings():  # forking with threads is what shall be tested
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = context.Process(target=live_on)
+        child.start()
+    try:
+        go_on.set()
+        thread.join(PATIENCE_S)
+        gate.check(4)
+        go_on_in_child.set()
+        assert done.wait(PATIENCE_S)
+        gate.check(6)
+    finally:
+        child.kill()
+        child.join(PATIENCE_S)
+
+
+def test_check_from_a_signal_handler_in_the_middle_of_one_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler that interrupts a check and checks itself is told so, and does not hang."""
+    monkeypatch.setattr(fence, "LOCK_WAIT_S", 0.05)
+    gate = Fence(tmp_path / "f")
+    with fence._only_thread(gate._key), pytest.raises(BusyError):
+        gate.check(1)
+    gate.check(1)
 
 
 def test_forked_child_shares_the_file_and_not_the_memory(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def file_system(folder: Path) -> str:
     wanted = f"{os.major(device)}:{os.minor(device)}"
     where = os.path.realpath(folder)
     by_place = (-1, "unknown")
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         before, _, after = line.partition(" - ")
         fields = before.split()
         if fields[2] == wanted:
