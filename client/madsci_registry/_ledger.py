@@ -243,7 +243,9 @@ class Ledger:
     def lose(self, grant: Grant, reason: str) -> None:
         """End a grant as lost and tell whoever wants to know."""
         if grant.end(reason, lost=True):
-            log.warning("the lock on %r (fencing token %s) is lost: %s", grant.key.name, grant.fencing_token, reason)
+            # Apart: a log that nobody reads may block, and who holds what must not wait for that.
+            text = "the lock on %r (fencing token %s) is lost: %s"
+            start_thread(log.warning, text, grant.key.name, grant.fencing_token, reason)
         self.drop(grant)
 
     def tell_all(self, state: LockState) -> None:

@@ -109,6 +109,9 @@ class Connection:
                     take(self, protocol.decode(line))
             except (OSError, ValueError):
                 self.fail()
+            except BaseException:  # a signal handler raised in the middle of a line: the resume will tell it again
+                self.fail()
+                raise
             finally:
                 self._is_reading = False
         finally:

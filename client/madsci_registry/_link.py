@@ -30,7 +30,7 @@ FIRST_PAUSE_S = 0.01
 LONGEST_PAUSE_S = 1.0
 """Between two tries to connect. In between a quarter of the time that it took so far, since a restarted daemon is
 expected back within half a second."""
-LOOK_S = 0.5
+LOOK_S = 2.0
 """How long `ensure` may take where the connection is down and a daemon is there."""
 ATTEMPT_S = 10.0
 """For one try to start a daemon and be welcomed."""
@@ -60,6 +60,9 @@ class Link:
 
         Args:
             resume: if the connection is down, also try at once whether a daemon is there to say what we hold.
+
+        Raises:
+            RegistryError: with `resume`, where one is there and does not say so, or refuses.
         """
         connection = self._connection
         if connection is None:
@@ -73,14 +76,15 @@ class Link:
         return not connection.broken
 
     def _resume_at_once(self, deadline: float) -> None:
-        if self._connecting.acquire(timeout=LOOK_S):
-            try:
-                if self._connection is not None and self._connection.broken:
-                    self._open(deadline)
-            except (Absent, RegistryError):
-                pass  # the watching thread goes on trying
-            finally:
-                self._connecting.release()
+        if not self._connecting.acquire(timeout=LOOK_S):
+            raise RegistryTimeoutError(f"the daemon of {self.endpoint} does not say what this process holds")
+        try:
+            if self._connection is not None and self._connection.broken:
+                self._open(deadline)
+        except Absent:
+            pass  # the watching thread goes on trying
+        finally:
+            self._connecting.release()
 
     def _give_up_in_time(self, connection: Connection) -> None:
         """Lose what nobody can prove to be ours: by now a new daemon may have given it away."""

@@ -27,8 +27,17 @@ LOCK_WAIT_S = 5.0
 
 _locks: dict[object, threading.Lock] = {}
 """One for each file, or fence in memory. A forked child makes them anew: a thread of its parent may have had one."""
+_open_files: set[int] = set()
 
-os.register_at_fork(after_in_child=_locks.clear)
+
+def _forget_parent() -> None:
+    _locks.clear()
+    for fd in _open_files:
+        os.close(fd)  # it would keep the lock that a thread of the parent has, for as long as this process lives
+    _open_files.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
 
 
 @contextmanager
@@ -96,10 +105,10 @@ class Fence:
 
 
 class _File:
-    """The file of a fence, locked for one look, by one thread at a time.
+    """The file of a fence, locked for one look.
 
-    By a POSIX lock, which is the process's: a forked child does not have it, as it would have an flock. It is lost with
-    the first close of the file by any thread, hence one at a time.
+    By an flock on a descriptor of its own, which keeps out threads and other names of the file too; not by a POSIX
+    lock, which any close of the file in this process would drop.
     """
 
     def __init__(self, path: Path) -> None:
@@ -107,26 +116,32 @@ class _File:
 
     def __enter__(self) -> _File:
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        _open_files.add(self._fd)
         try:
             self._await_lock()
         except BaseException:
-            os.close(self._fd)
+            self._close()
             raise
         return self
+
+    def _close(self) -> None:
+        _open_files.discard(self._fd)
+        os.close(self._fd)
 
     def _await_lock(self) -> None:
         deadline = time.monotonic() + LOCK_WAIT_S
         while True:
             try:
-                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
-            except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, POSIX allows both
+            except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise BusyError(f"{self._path} is locked by another process, which may be stopped") from None
                 time.sleep(0.001)
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        fcntl.flock(self._fd, fcntl.LOCK_UN)  # by name: a child forked just now may have a copy of the descriptor
+        self._close()
 
     def read(self) -> int:
         line = os.pread(self._fd, _LINE_BYTES + 1, 0)

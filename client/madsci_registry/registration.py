@@ -84,10 +84,12 @@ class Registration:
         """Do nothing while the lock is ours, held or suspended; to be called before acting on it.
 
         Takes microseconds while the connection is up. Where it is down, but a daemon is there to be asked, as after a
-        SIGSTOP over a restart, that one says whether the lock is still ours; this may take 0.5 s.
+        SIGSTOP over a restart, that one says whether the lock is still ours; this may take 2 s.
 
         Raises:
             LockLostError: it is lost or released, belongs to the parent of this forked process, or was never taken.
+            RegistryError: a daemon is there, but did not answer (timeout) or refuses to say that the lock is ours: it
+                may be another's, do not act.
         """
         grant = self._grant
         if grant is None:

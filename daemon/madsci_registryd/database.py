@@ -105,7 +105,7 @@ def file_system(folder: Path) -> str:
     """Name the type of the file system that holds a folder, 'unknown' where the kernel does not say."""
     device = folder.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
-    with suppress(OSError), Path("/proc/self/mountinfo").open() as mounts:
+    with suppress(OSError), Path("/proc/self/mountinfo").open(errors="surrogateescape") as mounts:
         for line in mounts:
             fields, _, rest = line.partition(" - ")
             if fields.split()[2] == wanted:

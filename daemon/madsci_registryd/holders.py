@@ -212,7 +212,10 @@ def boot_id() -> str:
     LXC and systemd-nspawn lay a random file over it in each container: another one there is no other boot.
     """
     path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.stat().st_dev == Path("/proc").stat().st_dev else UNKNOWN_BOOT
+    with suppress(OSError):
+        if path.stat().st_dev == Path("/proc").stat().st_dev:
+            return path.read_text().strip()
+    return UNKNOWN_BOOT
 
 
 @lru_cache(maxsize=1)

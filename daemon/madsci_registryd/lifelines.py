@@ -264,7 +264,8 @@ class Lifelines:
                 return None
             raise SessionRequiredError("the session is over: what it held may be another's now; say hello")
         # Where that cannot be told, the secret token has to do.
-        if peer.uid != session.uid or holders.is_same(peer.identity, session.identity) is False:
+        is_same = holders.is_same(peer.identity, session.identity)
+        if is_same is False or (peer.uid != session.uid and not is_same):  # a process may have changed its uid
             raise PermissionDeniedError("the session belongs to another process", uid=peer.uid)
         return session
 

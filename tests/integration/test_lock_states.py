@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -17,7 +19,7 @@ import pytest
 
 from conftest import Workers
 from helpers import PATIENCE_S, DaemonProcess, environment, until
-from madsci_registry import Fence, HeldError, LockLostError, Registration, RegistryClient
+from madsci_registry import Fence, HeldError, LockLostError, Registration, RegistryClient, RegistryTimeoutError, _link
 from madsci_registry.protocol import GRACE_S
 from madsci_registry.types import LockState
 
@@ -255,6 +257,51 @@ def test_frozen_holder_learns_of_its_loss_first_thing_when_it_wakes(
     Fence(tmp_path / "arm.fence").check(newer)
 
 
+def test_ensure_does_not_pass_where_a_daemon_is_there_and_does_not_say(
+    daemon: DaemonProcess, client: RegistryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the connection ended and a daemon accepts but does not answer, ensure raises instead of guessing; when it
+    goes on, the lock is ours."""
+    monkeypatch.setattr(_link, "LOOK_S", 0.2)
+    mine = client.resolve("arm", "node")
+    connection = client._shared()._connection
+    assert connection is not None
+    daemon.signal(signal.SIGSTOP)
+    try:
+        connection.fail()
+        with pytest.raises(RegistryTimeoutError):
+            mine.ensure()
+    finally:
+        daemon.signal(signal.SIGCONT)
+    until(lambda: mine.state == "held", "for the resume")
+    mine.ensure()
+
+
+def test_log_that_blocks_keeps_no_loss_back(daemon: DaemonProcess, client: RegistryClient) -> None:
+    """Losses are told though the log of the first one blocks for ever."""
+    go_on = threading.Event()
+
+    class Blocked(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            go_on.wait(PATIENCE_S)
+
+    handler = Blocked()
+    logging.getLogger("madsci_registry").addHandler(handler)
+    try:
+        first, second = client.resolve("arm", "node"), client.resolve("leg", "node")
+        told = Told(second)
+        with RegistryClient(daemon.registry) as operator:
+            operator.break_lock("arm")
+            operator.break_lock("leg")
+        assert [told.next(), told.next()] == ["lost", "on_lost"]
+        for lost in (first, second):
+            with pytest.raises(LockLostError):
+                lost.ensure()
+    finally:
+        go_on.set()
+        logging.getLogger("madsci_registry").removeHandler(handler)
+
+
 SPINS = """
 import ctypes, os, sys, threading, time
 from madsci_registry import LockLostError, RegistryClient
@@ -315,7 +362,8 @@ def test_states_told_are_those_of_one_lock_whatever_the_order_of_kills(
 
     def ask() -> None:
         while not stop.is_set():
-            mine.ensure()
+            with suppress(RegistryTimeoutError):  # just started, and not ready to say
+                mine.ensure()
             client.lookup("arm")
 
     client.timeout = PATIENCE_S

@@ -223,3 +223,17 @@ def test_forked_child_shares_the_file_and_not_the_memory(tmp_path: Path) -> None
     child.join(PATIENCE_S)
     with pytest.raises(LockLostError):
         gate.check(7)
+
+
+def test_file_of_two_names_is_one_fence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two fences of one process that reach one file by two names keep each other out, also after somebody else in the
+    process has opened and closed the file."""
+    monkeypatch.setattr(fence, "LOCK_WAIT_S", 0.05)
+    Fence(tmp_path / "f").check(1)
+    (tmp_path / "g").hardlink_to(tmp_path / "f")
+    with fence._File(tmp_path / "f"):
+        (tmp_path / "f").read_bytes()
+        with pytest.raises(BusyError):
+            Fence(tmp_path / "g").check(2)
+    Fence(tmp_path / "g").check(2)
+    assert Fence(tmp_path / "f").highest == 2
