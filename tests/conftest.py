@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from helpers import DaemonProcess, Worker, daemons_under, end_daemons_under, environment
+from raw_client import RawProcess
+from turned_clock import TurnedDaemon
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,6 +49,25 @@ def daemon(registry_path: Path) -> Iterator[DaemonProcess]:
     """A daemon that serves `registry_path`."""
     with DaemonProcess(registry_path) as running:
         yield running
+
+
+@pytest.fixture
+def turned(registry_path: Path) -> Iterator[TurnedDaemon]:
+    """A daemon whose clock can be turned."""
+    daemon = TurnedDaemon(registry_path)
+    with daemon:
+        yield daemon
+
+
+@pytest.fixture
+def raw(turned: TurnedDaemon) -> Iterator[Callable[[], RawProcess]]:
+    """Makes clients that speak by hand, each in a process of its own: `raw()` is one more."""
+    with ExitStack() as stack:
+
+        def make() -> RawProcess:
+            return stack.enter_context(RawProcess(turned.socket))
+
+        yield make
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ again. Clients that speak by hand (raw_client), real processes, real sockets."""
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,26 +18,6 @@ from namespaces import need_proof
 from onlooker import let_wait, token_of
 from raw_client import RawProcess
 from turned_clock import DAY_S, TurnedDaemon
-
-
-@pytest.fixture
-def turned(registry_path: Path) -> Iterator[TurnedDaemon]:
-    """A daemon whose clock can be turned."""
-    daemon = TurnedDaemon(registry_path)
-    with daemon:
-        yield daemon
-
-
-@pytest.fixture
-def raw(turned: TurnedDaemon) -> Iterator[Callable[[], RawProcess]]:
-    """Makes clients that speak by hand, each in a process of its own: `raw()` is one more."""
-    with ExitStack() as stack:
-
-        def make() -> RawProcess:
-            return stack.enter_context(RawProcess(turned.socket))
-
-        yield make
-
 
 Raw = Callable[[], RawProcess]
 

@@ -23,26 +23,6 @@ from onlooker import let_wait, token_of
 from raw_client import RawProcess
 from turned_clock import DAY_S, TurnedDaemon
 
-
-@pytest.fixture
-def turned(registry_path: Path) -> Iterator[TurnedDaemon]:
-    """A daemon whose clock can be turned."""
-    daemon = TurnedDaemon(registry_path)
-    with daemon:
-        yield daemon
-
-
-@pytest.fixture
-def raw(turned: TurnedDaemon) -> Iterator[Callable[[], RawProcess]]:
-    """Makes clients that speak by hand, each in a process of its own: `raw()` is one more."""
-    with ExitStack() as stack:
-
-        def make() -> RawProcess:
-            return stack.enter_context(RawProcess(turned.socket))
-
-        yield make
-
-
 Raw = Callable[[], RawProcess]
 
 

@@ -22,14 +22,6 @@ STEPS = [pytest.param(DAY_S, id="ahead"), pytest.param(-DAY_S, id="back")]
 
 
 @pytest.fixture
-def turned(registry_path: Path) -> Iterator[TurnedDaemon]:
-    """A daemon whose clock can be turned."""
-    daemon = TurnedDaemon(registry_path)
-    with daemon:
-        yield daemon
-
-
-@pytest.fixture
 def stack() -> Iterator[ExitStack]:
     """Ends with the test what is entered."""
     with ExitStack() as entered:
