@@ -2,8 +2,8 @@
 
 Theory of operation. The lock lives as long as this process. The command is its child, in the same process group, so
 that the terminal's Ctrl-C and Ctrl-Z reach both; the kernel kills the child when this process dies (PR_SET_PDEATHSIG).
-The main thread waits on one queue: `ended` is put there by a thread that waits for the child without reaping it,
-`lost` by the client. Only the main thread signals and reaps the child, and Python runs signal handlers there too, so
+The main thread waits for what happens: `ended` is said by a thread that waits for the child without reaping it, `lost`
+by the client. Only the main thread signals and reaps the child, and Python runs signal handlers there too, so
 a signal can never reach another process that got the child's pid.
 """
 
@@ -12,8 +12,10 @@ from __future__ import annotations
 import ctypes
 import os
 import queue
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -110,9 +112,8 @@ def _command_fault(program: str) -> int | None:
 
 
 def _supervise(invocation: Invocation, registration: Registration, command: Sequence[str], grace_s: float) -> int:
-    happenings: queue.SimpleQueue[_Happening] = queue.SimpleQueue()
-    registration.on_lost(lambda _registration: happenings.put("lost"))
-    with _Forwarder() as forwarder:
+    with _Happenings() as happenings, _Forwarder() as forwarder:
+        registration.on_lost(lambda _registration: happenings.put("lost"))
         try:
             child = _start(registration, command)
         except FileNotFoundError as error:  # also the interpreter of a script
@@ -159,20 +160,59 @@ def _dying_with_parent() -> Callable[[], None]:
     return die_with_parent
 
 
-def _tell_end(pid: int, happenings: queue.SimpleQueue[_Happening]) -> None:
+class _Happenings:
+    """What the main thread waits for, told by other threads. A context manager of the main thread.
+
+    It waits on a descriptor that signals wake as well. On a lock or a queue it could sleep through one: Python runs a
+    handler when a sleep is interrupted, and a signal may come just before the sleep begins.
+    """
+
+    def __init__(self) -> None:
+        self._told: queue.SimpleQueue[_Happening] = queue.SimpleQueue()
+        self._ready, self._wake = socket.socketpair()
+        self._ready.setblocking(False)
+        self._wake.setblocking(False)
+
+    def __enter__(self) -> _Happenings:
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)  # the sockets stay open: a thread may still have something to tell
+
+    def put(self, happening: _Happening) -> None:
+        self._told.put(happening)
+        with suppress(BlockingIOError):  # full: the main thread is awake
+            self._wake.send(b"\0")
+
+    def get(self, timeout_s: float | None = None) -> _Happening | None:
+        """Return the next happening; None: there was none in so many seconds."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            with suppress(queue.Empty):
+                return self._told.get_nowait()
+            left_s = None if deadline is None else deadline - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                return None
+            select.select([self._ready], [], [], left_s)
+            with suppress(BlockingIOError):
+                self._ready.recv(4096)
+
+
+def _tell_end(pid: int, happenings: _Happenings) -> None:
     with suppress(ChildProcessError):  # the main thread reaped it first
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     happenings.put("ended")
 
 
-def _end(child: subprocess.Popen[bytes], happenings: queue.SimpleQueue[_Happening], grace_s: float) -> None:
+def _end(child: subprocess.Popen[bytes], happenings: _Happenings, grace_s: float) -> None:
     child.terminate()
     deadline = time.monotonic() + grace_s
     while True:
-        try:
-            if happenings.get(timeout=max(0.0, deadline - time.monotonic())) == "ended":
-                return
-        except queue.Empty:
+        happening = happenings.get(max(0.0, deadline - time.monotonic()))
+        if happening == "ended":
+            return
+        if happening is None:
             child.kill()
             return
 
