@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from classic import Classic
 from helpers import DaemonProcess, Worker, daemons_under, end_daemons_under, environment
+from lab_stub import LabStub
+from madsci_registry import RegistryClient
 from raw_client import RawProcess
+from real_madsci import real_madsci
 from turned_clock import TurnedDaemon
 
 
@@ -33,6 +37,13 @@ def base_folder() -> Iterator[Path]:
     end_daemons_under(folder)
     shutil.rmtree(folder, ignore_errors=True)
     assert not left, f"daemons outlived their tests: {left}"
+
+
+@pytest.fixture(scope="session")
+def installed() -> Iterator[Path]:
+    """The folder of the programs in an environment with MADSci and our wheel."""
+    with real_madsci() as programs:
+        yield programs
 
 
 @pytest.fixture
@@ -76,6 +87,27 @@ def workers(registry_path: Path) -> Iterator[Workers]:
     made = Workers(registry_path)
     yield made
     made.end()
+
+
+@pytest.fixture
+def classic(daemon: DaemonProcess) -> Iterator[Classic]:
+    """Managers of a registry that is served."""
+    with Classic(daemon.registry) as made:
+        yield made
+
+
+@pytest.fixture
+def plain(daemon: DaemonProcess) -> Iterator[RegistryClient]:
+    """A client that looks on."""
+    with RegistryClient(daemon.registry) as client:
+        yield client
+
+
+@pytest.fixture
+def lab() -> Iterator[LabStub]:
+    """A lab registry."""
+    with LabStub() as stub:
+        yield stub
 
 
 class Workers:

@@ -2,7 +2,8 @@
 
 Calls of its own: `losses(count, patience_s)` waits for so many on_lost callbacks and returns [[name, token], ...];
 `held(name)`, `ensure(name)` ask the last Registration of that name; `hello` answers its pid; `fork` forks a child that
-sleeps until the worker's stdin closes, and answers the child's pid.
+sleeps until the worker's stdin closes, and answers the child's pid; `time_lookups(name, seconds)` answers how long each
+of its lookups took, in seconds; `change_metadata(name, seconds)` changes it all the time.
 """
 
 from __future__ import annotations
@@ -72,6 +73,26 @@ class Obeyer:
             os.read(0, 1)
             os._exit(0)
         return pid
+
+    def do_time_lookups(self, name: str, seconds: float) -> list[float]:
+        taken: list[float] = []
+        now = ends = time.monotonic()
+        ends += seconds
+        while now < ends:
+            self.client.lookup(name)
+            now, before = time.monotonic(), now
+            taken.append(now - before)
+            time.sleep(0.0005)
+            now = time.monotonic()
+        return taken
+
+    def do_change_metadata(self, name: str, seconds: float) -> int:
+        ends, count = time.monotonic() + seconds, 0
+        while time.monotonic() < ends:
+            self.client.set_metadata(name, {"n": count})
+            count += 1
+            time.sleep(0.02)
+        return count
 
     def _note(self, registration: Any) -> None:
         with self.changed:

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, get_type_hints
 
-from madsci_registry.types import Holder
+from madsci_registry.types import Holder, OldLock
 
 
 class RegistryError(Exception):
@@ -55,7 +55,7 @@ class RegistryError(Exception):
         for name in fact_names(type(self)):
             value = getattr(self, name)
             if value is not None:
-                wire[name] = value.to_json() if isinstance(value, Holder) else value
+                wire[name] = value.to_json() if isinstance(value, (Holder, OldLock)) else value
         return wire
 
     def __reduce__(self) -> Any:
@@ -70,6 +70,8 @@ class HeldError(RegistryError):
     name: str | None = None
     id: str | None = None
     holder: Holder | None = None
+    old_lock: OldLock | None = None
+    """The holder is an old program, by registry.json."""
     is_me: bool = False
     """True: another instance in this very process holds it."""
     place: int | None = None
@@ -245,4 +247,6 @@ def from_wire(wire: dict[str, Any]) -> RegistryError:
     facts = {k: v for k, v in wire.items() if k not in ("code", "message")}
     if isinstance(facts.get("holder"), dict):
         facts["holder"] = Holder.from_wire(facts["holder"])
+    if isinstance(facts.get("old_lock"), dict):
+        facts["old_lock"] = OldLock.from_wire(facts["old_lock"])
     return cls(message, **facts)

@@ -130,7 +130,28 @@ class Registration:
         Takes at most 0.5 s, raises nothing and never connects: where the daemon is away it hears of it when it is back.
         Works from atexit and finalizers.
         """
-        return self._grant is not None and self._grant.latest == self._number and self._give_back()
+        return self._release(self._client.timeout)
+
+    def _release(self, within_s: float) -> bool:
+        """As `release`, in at most so many seconds, for who has many to release."""
+        grant = self._grant
+        return grant is not None and grant.latest == self._number and self._session.release(grant, within_s)
+
+    @property
+    def _may_release(self) -> bool:
+        """True while the lock is ours and no newer Registration has it; asks nobody."""
+        grant = self._grant
+        return grant is not None and grant.held and grant.latest == self._number
+
+    @property
+    def _is_first(self) -> bool:
+        """True: the resolve that gave it took the lock, which this client did not hold before."""
+        return self._number == 1
+
+    @property
+    def _has_ended(self) -> bool:
+        """True: there is no lock (any more), as far as this process knows; asks nobody."""
+        return self._grant is None or not self._grant.held
 
     def _own(self, grant: Grant) -> None:
         """Be the one that releases the lock from now on."""

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from madsci_registry.classic_types import LocalRegistry as LocalRegistry
+    from madsci_registry.classic_types import RegistryEntry as RegistryEntry
+    from madsci_registry.classic_types import RegistryLock as RegistryLock
+    from madsci_registry.classic_types import RegistryResolveResult as RegistryResolveResult
 
 ComponentType = Literal["node", "module", "manager", "experiment", "workcell"]
 COMPONENT_TYPES: tuple[str, ...] = get_args(ComponentType)
@@ -80,6 +86,30 @@ class Holder(Process):
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OldLock:
+    """The lock of an old program, as it wrote it into registry.json: its own word, good until `expires_at`."""
+
+    holder_pid: int
+    holder_host: str
+    holder_instance: str
+    acquired_at: str
+    heartbeat_at: str
+    expires_at: str
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> OldLock:
+        return cls(**{k: v for k, v in wire.items() if k in cls.__dataclass_fields__})
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def label(self) -> str:
+        """Name the program in a few words."""
+        return f"an old program (pid {self.holder_pid} on {self.holder_host}, by registry.json)"
+
+
 @dataclass(frozen=True)
 class Component:
     """A name with its ULID, as the registry knows it at one instant."""
@@ -99,12 +129,18 @@ class Component:
     holder: Holder | None = None
     waiting: int = 0
     """How many processes wait for the name."""
+    workcell_id: str | None = None
+    """What registry.json said of its workcell; carried along, not used."""
+    old_lock: OldLock | None = None
+    """An old program holds it, by registry.json; then `holder` and `fencing_token` are None."""
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> Component:
         known = {k: v for k, v in wire.items() if k in cls.__dataclass_fields__}
         if known.get("holder"):
             known["holder"] = Holder.from_wire(known["holder"])
+        if known.get("old_lock"):
+            known["old_lock"] = OldLock.from_wire(known["old_lock"])
         return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
@@ -119,7 +155,7 @@ class Event:
     """Grows with every change of this registry, never repeats, below 2^53."""
     at: str
     kind: str
-    """created, renamed, retired, revived, metadata, granted, released, ended, broken, started or restored."""
+    """created, renamed, retired, revived, metadata, granted, released, ended, broken, started, restored or refused."""
     name: str | None
     id: str | None
     uid: int | None
@@ -180,3 +216,14 @@ class ImportedEntry:
     name: str
     outcome: Literal["added", "same", "conflict", "invalid", "retired"]
     reason: str = ""
+
+
+if not TYPE_CHECKING:  # where it would pass for every misspelt name
+
+    def __getattr__(name: str) -> object:
+        # Models of the classic API: a client that does not use them must not wait for pydantic.
+        if name in ("LocalRegistry", "RegistryEntry", "RegistryLock", "RegistryResolveResult"):
+            from madsci_registry import classic_types
+
+            return getattr(classic_types, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

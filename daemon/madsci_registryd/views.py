@@ -35,14 +35,16 @@ def component(session_of: SessionOf, host: str, row: Row, waiting: int) -> dict[
         "name": row.name,
         "id": row.id,
         "component_type": row.component_type,
-        "state": "retired" if row.retired else "held" if lock else "free",
-        "locked": lock is not None,
+        "state": "retired" if row.retired else "held" if lock or row.old_lock else "free",
+        "locked": lock is not None or row.old_lock is not None,
         "fencing_token": lock.fencing_token if lock else None,
         "created_at": row.created_at,
         "last_seen": row.last_seen,
         "metadata": json.loads(row.metadata),
         "holder": new_holder(session_of, host, lock).to_json() if lock else None,
         "waiting": waiting,
+        "workcell_id": row.workcell_id,
+        "old_lock": row.old_lock.to_json() if row.old_lock else None,
     }
 
 
@@ -62,6 +64,9 @@ def session_info(s: Session, held: int, waiting: int) -> dict[str, Any]:
 
 def held_by(session_of: SessionOf, host: str, name: str, row: Row | None, who: Session, **facts: Any) -> HeldError:
     """Make the error that says who holds a name."""
+    if row is not None and row.lock is None and row.old_lock is not None:
+        message = f"{name!r} is held by {row.old_lock.label} until {row.old_lock.expires_at} at least"
+        return HeldError(message, name=name, id=row.id, old_lock=row.old_lock, **facts)
     if row is None or row.lock is None:
         message = f"{name!r} goes to somebody who waits for it"
         return HeldError(message, name=name, id=row.id if row else None, **facts)
@@ -76,7 +81,7 @@ def held_by(session_of: SessionOf, host: str, name: str, row: Row | None, who: S
 
 def exported(session_of: SessionOf, host: str, row: Row, now: str, expires_at: str) -> dict[str, Any]:
     """Return a component as registry.json has it; a lock looks alive until `expires_at`."""
-    lock = None
+    lock = row.old_lock.to_json() if row.old_lock else None
     if row.lock:
         holder = new_holder(session_of, host, row.lock)
         lock = {
