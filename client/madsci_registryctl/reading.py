@@ -11,7 +11,14 @@ from madsci_registry.errors import NotFoundError
 from madsci_registry.names import is_ulid
 from madsci_registry.types import COMPONENT_TYPES
 from madsci_registryctl.invocation import Command, Invocation, complete_name
-from madsci_registryctl.render import holder_fields, print_fields, print_json, print_table, whole_seconds
+from madsci_registryctl.render import (
+    holder_fields,
+    old_lock_fields,
+    print_fields,
+    print_json,
+    print_table,
+    whole_seconds,
+)
 
 if TYPE_CHECKING:
     from madsci_registry.client import RegistryClient
@@ -46,6 +53,8 @@ def list_command(
 def _row(component: Component) -> tuple[object, ...]:
     holder = component.holder
     who = None if holder is None else f"{holder.comm or 'process'}[{holder.pid or '?'}]@{holder.host}"
+    if component.old_lock:
+        who = f"old program[{component.old_lock.holder_pid}]@{component.old_lock.holder_host}"
     return (
         component.name,
         component.component_type,
@@ -70,13 +79,19 @@ def show_command(invocation: Invocation, name: str) -> None:
 
 
 def find(client: RegistryClient, name_or_id: str) -> Component:
-    """Return the component with this name, else with this ULID. Raises NotFoundError."""
+    """Return the component with this name, else with this id, a ULID or not. Raises NotFoundError."""
     try:
         return client.get(name_or_id)
-    except NotFoundError as no_name:
-        if not is_ulid(name_or_id) or no_name.renamed_to:
-            raise
+    except NotFoundError as error:
+        no_name = error
+    if no_name.renamed_to:
+        raise no_name
+    try:
         return client.whois(name_or_id)
+    except NotFoundError:
+        if is_ulid(name_or_id):
+            raise
+        raise no_name from None
 
 
 def print_component(component: Component) -> None:
@@ -92,6 +107,8 @@ def print_component(component: Component) -> None:
     if component.holder:
         shown |= holder_fields(component.holder)
         shown["fencing token"] = component.fencing_token
+    if component.old_lock:
+        shown |= old_lock_fields(component.old_lock)
     if component.waiting:
         shown["waiting"] = component.waiting
     if component.metadata:

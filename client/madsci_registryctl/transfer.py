@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import click
 
 from madsci_registry.errors import InvalidError
+from madsci_registry.registry_json import FORMAT_VERSION
 from madsci_registryctl import exits
 from madsci_registryctl.invocation import Command, Invocation
 from madsci_registryctl.render import print_json, print_table
@@ -18,9 +19,6 @@ from madsci_registryctl.strict_json import loads
 
 if TYPE_CHECKING:
     from madsci_registry.types import ImportReport
-
-FORMAT_VERSION = 1
-"""The version of registry.json's format, MADSci's own."""
 
 
 @click.command("export", cls=Command)
@@ -41,8 +39,11 @@ def export_command(invocation: Invocation, path: Path | None) -> None:
         invocation.say(f"{count} entries written to {path}.")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Make `path` hold `content`, durably: at every instant it is the old file or the whole new one. Raises OSError."""
+def write_whole(path: Path, content: bytes, mode: int | None = None) -> None:
+    """Make `path` hold `content`, durably: at every instant it is the old file or the whole new one. Raises OSError.
+
+    `mode` are its permission bits; None: those of the present file, or what the umask gives.
+    """
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
     temporary = Path(name)
     try:
@@ -50,7 +51,7 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(_wanted_mode(path))
+        temporary.chmod(_wanted_mode(path) if mode is None else mode)
         temporary.replace(path)
     except BaseException:
         temporary.unlink()
@@ -88,8 +89,8 @@ def import_command(context: click.Context, file: BinaryIO, mode: Literal["merge"
     entries = read_entries(file.read())
     with invocation.client() as client:
         report = client.import_entries(entries, mode=mode, dry_run=dry_run)
-    _print_report(invocation, report)
-    context.exit(_status(report))
+    print_report(invocation, report)
+    context.exit(status_of_report(report))
 
 
 def read_entries(content: bytes) -> dict[str, Any]:
@@ -111,20 +112,22 @@ def read_entries(content: bytes) -> dict[str, Any]:
     return entries
 
 
-def _print_report(invocation: Invocation, report: ImportReport) -> None:
+def print_report(invocation: Invocation, report: ImportReport, **more: object) -> None:
+    """Print what became of each entry, on stderr how many of each; in JSON also `more`."""
     outcomes = ("added", "same", "conflict", "invalid", "retired")
     counts = {outcome: report.count(outcome) for outcome in outcomes}
     if invocation.as_json:
         entries = [{"name": e.name, "outcome": e.outcome, "reason": e.reason} for e in report.entries]
-        print_json({"dry_run": report.dry_run, "counts": counts, "entries": entries})
+        print_json({"dry_run": report.dry_run, **more, "counts": counts, "entries": entries})
         return
-    rows = [(e.outcome, e.name, e.reason or None) for e in report.entries]
+    rows = [(e.outcome, e.name or None, e.reason or None) for e in report.entries]
     print_table(invocation, ("OUTCOME", "NAME", "REASON"), rows)
     summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     invocation.say(f"{'Would be' if report.dry_run else 'Done'}: {summary}.")
 
 
-def _status(report: ImportReport) -> int:
+def status_of_report(report: ImportReport) -> int:
+    """Return the exit status of an import: its worst outcome."""
     if report.count("conflict"):
         return exits.CONFLICT
     return exits.INVALID if report.count("invalid") else exits.OK

@@ -1,4 +1,4 @@
-"""The command `madsci-registryd`: flags and exit statuses. What it does is in app.py and restore.py."""
+"""The command `madsci-registryd`: flags and exit statuses. What it does is in app.py, restore.py and rollback.py."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ _LOG_FORMAT = "%(asctime)s.%(msecs)03dZ level=%(levelname)s pid=%(process)d at=%
 @click.option("--socket", type=click.Path(path_type=Path), help="Serve requests here (X.sock; the lifeline is X.life).")
 @click.option("--log-level", help="debug, info, warning or error.")
 @click.option("--idle-exit", type=float, metavar="SECONDS", help="End when there was no client for so long.")
+@click.option("--export/--no-export", default=None, help="Keep registry.json for MADSci's own programs (default).")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file with the same settings.")
 @click.option("--autostarted", is_flag=True, hidden=True)
 @click.version_option(version("madsci-registryd"), prog_name="madsci-registryd")
@@ -80,6 +81,30 @@ def restore(settings: Any, file: Path) -> None:
         _fail(fault, False)
     for line in report:
         click.echo(line)
+
+
+@main.command()
+@click.pass_obj
+def rollback(settings: Any) -> None:
+    """Clear our claims in registry.json, so that old MADSci can use it alone; the daemon must not run.
+
+    Prints the names whose claims it cleared. The database is not touched, and may be missing or damaged.
+    """
+    from madsci_registryd.faults import StartFault
+    from madsci_registryd.rollback import clear_claims
+    from madsci_registryd.settings import Places
+
+    try:
+        cleared = clear_claims(settings)
+    except StartFault as fault:
+        _fail(fault, False)
+    for name in cleared:
+        click.echo(json.dumps(name) if not name.isprintable() else name)
+    click.echo(
+        f"Old MADSci can use {Places(settings).registry} now, as long as no daemon serves it. To come back, start the "
+        "daemon: it takes in what changed meanwhile.",
+        err=True,
+    )
 
 
 def _serve(settings: Any, autostarted: bool) -> int:

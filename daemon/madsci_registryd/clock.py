@@ -7,7 +7,9 @@ import itertools
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from typing import Any, Protocol
+from typing import Protocol
+
+from madsci_registry.registry_json import instant as instant  # noqa: PLC0414 - all of time comes from here
 
 _FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
 
@@ -37,20 +39,6 @@ def iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).strftime(_FORMAT)
 
 
-def instant(text: Any) -> str | None:
-    """Return an ISO 8601 instant as the registry writes it, None where `text` is none."""
-    if not isinstance(text, str):
-        return None
-    try:
-        when = datetime.fromisoformat(text.replace("Z", "+00:00"))
-        if when.tzinfo is None:
-            when = when.replace(tzinfo=timezone.utc)
-        when = when.astimezone(timezone.utc)
-    except (ValueError, OverflowError):
-        return None
-    return when.strftime(_FORMAT) if when.year >= 1000 else None  # below that, text would not sort as time
-
-
 class Timers:
     """Callbacks at monotonic instants. Nothing is cancelled: a callback looks whether it is still wanted."""
 
@@ -72,11 +60,11 @@ class Timers:
 
         self.after(period_s, again)
 
-    def run_due(self) -> float | None:
-        """Run what is due and return the seconds until the next, None where there is none."""
-        while self._heap:
-            wait_s = self._heap[0][0] - self._clock.monotonic()
-            if wait_s > 0:
-                return wait_s
+    def run_due(self) -> None:
+        """Run what is due."""
+        while self._heap and self._heap[0][0] <= self._clock.monotonic():
             heapq.heappop(self._heap)[2]()
-        return None
+
+    def next_s(self) -> float | None:
+        """Return the seconds until the next is due, None where there is none."""
+        return max(self._heap[0][0] - self._clock.monotonic(), 0.0) if self._heap else None

@@ -11,10 +11,9 @@ from typing import Any
 
 from madsci_registry import protocol as p
 from madsci_registry.errors import InvalidError, RegistryError, TooLargeError
-from madsci_registry.names import NAME_MAX_BYTES, check_metadata, is_ulid
-from madsci_registry.types import COMPONENT_TYPES
+from madsci_registry.names import NAME_MAX_BYTES
+from madsci_registry.registry_json import FOREIGN_ID, entry_fault, is_foreign_id
 from madsci_registryd.batch import Write
-from madsci_registryd.clock import instant
 from madsci_registryd.locks import Session
 from madsci_registryd.reads import cut_page
 from madsci_registryd.registrar import Answer, Registrar
@@ -84,7 +83,14 @@ class Imports:
         def do(tx: Tx) -> list[Line]:
             return apply(self._service, tx, who, upload.entries, replace=r.mode == "replace", dry_run=r.dry_run)
 
-        self._registrar.submit(Write(do, done))
+        def then(refusal: RegistryError | None) -> None:
+            if refusal is not None:
+                done(refusal)
+            else:
+                self._registrar.submit(Write(do, done))
+
+        sound = [] if r.dry_run else [(name, entry) for name, entry in upload.entries if not entry_fault(name, entry)]
+        self._service.old_programs.prepare(self._service.old_programs.for_import(sound), then)
 
 
 def apply(
@@ -110,31 +116,7 @@ def apply(
         else:
             if not dry_run:
                 service.adopt(tx, who, name, entry)
-            report.append((name, "added", ""))
+            report.append((name, "added", FOREIGN_ID if is_foreign_id(entry) else ""))
     if replace:
         report += service.retire_all_but(tx, who, seen, dry_run=dry_run)
     return report
-
-
-def entry_fault(name: str, entry: Any) -> str:
-    """Say what is wrong with an entry of registry.json, '' where nothing is."""
-    if not name or len(name.encode("utf-8", "replace")) > 4 * NAME_MAX_BYTES or "\0" in name:
-        return "name is empty, too long or holds a NUL"
-    if not isinstance(entry, dict):
-        return "is no object"
-    if not isinstance(entry.get("id"), str) or not is_ulid(entry["id"]):
-        return f"id is no ULID: {str(entry.get('id'))[:40]!r}"
-    if entry.get("component_type") not in COMPONENT_TYPES:
-        return f"component_type is unknown: {str(entry.get('component_type'))[:40]!r}"
-    for key in ("created_at", "last_seen"):
-        if entry.get(key) is not None and instant(entry[key]) is None:
-            return f"{key} is no instant: {str(entry[key])[:40]!r}"
-    try:
-        check_metadata(entry.get("metadata") or {})
-    except TooLargeError:
-        pass  # limits bind what is new
-    except RegistryError as error:
-        return error.message[:200]
-    if not isinstance(entry.get("workcell_id"), (str, type(None))):
-        return "workcell_id is no text"
-    return ""

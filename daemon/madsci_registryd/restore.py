@@ -15,11 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from madsci_registry.names import is_ulid
+from madsci_registry import registry_json
 from madsci_registryd import database, holders
-from madsci_registryd.clock import SystemClock, iso
+from madsci_registryd.clock import SystemClock, instant, iso
 from madsci_registryd.faults import CannotCreate, CorruptDatabase, DiskFull, NotOurDatabase, os_fault
-from madsci_registryd.imports import entry_fault
 from madsci_registryd.instance import InstanceLock
 from madsci_registryd.settings import Places, Settings
 from madsci_registryd.store import Store
@@ -182,22 +181,23 @@ def _merge(path: Path, staged: Path, *, base: str) -> list[str]:
 
 
 def _adopt_json(places: Places) -> list[str]:
-    """Add what registry.json knows beyond the database."""
+    """Add what registry.json knows beyond the database, or what can be read of it."""
     try:
-        entries = json.loads(places.registry.read_bytes()).get("entries", {})
+        document = registry_json.parse(places.registry.read_bytes())
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, AttributeError) as error:
+    except OSError as error:
         return [f"{places.registry} could not be read: {error}"]
     rows = []
-    for name, entry in entries.items() if isinstance(entries, dict) else ():
-        if entry_fault(name, entry):
+    for name, entry in document.entries.items():
+        if registry_json.entry_fault(name, entry):
             continue
         text = json.dumps(entry.get("metadata") or {})
         now = iso(SystemClock().wall())
-        seen = (entry.get("created_at") or now, entry.get("last_seen") or now)
+        seen = (instant(entry.get("created_at")) or now, instant(entry.get("last_seen")) or now)
         rows.append((entry["id"], name, entry["component_type"], 0, *seen, text, entry.get("workcell_id"), 0))
-    return _add(places.database, rows, str(places.registry))
+    unread = [f"{places.registry}: {fault}" for fault in document.faults]
+    return _add(places.database, rows, str(places.registry)) + unread
 
 
 def _add(path: Path, rows: list[tuple[Any, ...]], source: str) -> list[str]:
@@ -208,7 +208,7 @@ def _add(path: Path, rows: list[tuple[Any, ...]], source: str) -> list[str]:
     now = iso(SystemClock().wall())
     with db:
         for id, name, component_type, retired, created_at, last_seen, metadata, workcell_id, token in rows:
-            if not (isinstance(id, str) and isinstance(name, str) and is_ulid(id)) or store.by_id(id) is not None:
+            if not (registry_json.is_id(id) and isinstance(name, str)) or store.by_id(id) is not None:
                 continue
             taken = store.by_name(name)
             shown = name

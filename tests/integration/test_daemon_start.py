@@ -358,6 +358,7 @@ def test_restore_brings_back_a_lost_database_and_reports_conflicts(registry_path
             assert again.fencing_token > old.fencing_token
         daemon.terminate()
         database.unlink()
+        registry_path.unlink(missing_ok=True)  # which would tell the new database the ULID
         daemon.start()
         with RegistryClient(registry_path, autostart=False) as client:
             fresh = client.resolve("arm", "node", acquire_lock=False).id
@@ -371,6 +372,24 @@ def test_restore_brings_back_a_lost_database_and_reports_conflicts(registry_path
         assert run(registry_path, "restore", str(registry_path)).returncode != 0
         daemon.terminate()
         assert run(registry_path, "verify").returncode == 0
+
+
+def test_restore_adds_what_a_torn_registry_json_tells(registry_path: Path, tmp_path: Path) -> None:
+    """Where the database is lost, the restore adds the complete entries of a torn registry.json, and tells the rest."""
+    backup = tmp_path / "backup.db"
+    with DaemonProcess(registry_path) as daemon, RegistryClient(registry_path, autostart=False) as client:
+        known = client.resolve("arm", "node", acquire_lock=False).id
+        client.backup(backup)
+        daemon.terminate()
+    registry_path.with_suffix(".db").write_bytes(b"garbage" * 1000)
+    entry = '{"id": "node-7", "component_type": "module", "last_seen": "2026-11-24T13:00:00Z"}'
+    registry_path.write_text(f'{{"entries": {{"old": {entry},\n "torn": {{"id": ')
+    restored = run(registry_path, "restore", str(backup))
+    assert restored.returncode == 0 and "added 'old' = node-7" in restored.stdout, restored.stdout
+    assert "line 2: 'torn'" in restored.stdout, (restored.stdout, restored.stderr)
+    with DaemonProcess(registry_path), RegistryClient(registry_path, autostart=False) as client:
+        assert (client.lookup("arm"), client.lookup("old")) == (known, "node-7")
+        assert client.get("old").last_seen == "2026-11-24T13:00:00.000000Z"
 
 
 def damaged_behind_its_header(path: Path) -> None:

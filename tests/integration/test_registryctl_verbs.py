@@ -240,7 +240,7 @@ def test_import_conflict_and_invalid_are_reported_the_rest_is_taken(ctl: Ctl) ->
     ulid = ctl("resolve", "a", "--type", "node").strip()
     whole = ctl.json("export")
     entry = whole["entries"]["a"]
-    bad = {"n": {**entry, "id": "nonsense"}, "new": {**entry, "id": UNKNOWN_ULID}}
+    bad = {"n": {**entry, "id": "non\tsense"}, "new": {**entry, "id": UNKNOWN_ULID}}
     report = ctl.json("import", "-", stdin=json.dumps({**whole, "entries": bad}), status=exits.INVALID)
     assert {e["name"]: e["outcome"] for e in report["entries"]} == {"n": "invalid", "new": "added"}
     clash = {"a": {**entry, "id": UNKNOWN_ULID[:-1] + "W"}, "new": {**entry, "id": UNKNOWN_ULID}}

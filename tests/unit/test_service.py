@@ -437,7 +437,7 @@ def test_import_merges_reports_and_never_rebinds(pair: Pair) -> None:
             {"id": ulid, "component_type": "module", "metadata": {"k": 1}, "last_seen": "2024-01-01T00:00:00+00:00"},
         ],
         ["here2", {"id": id, "component_type": "node"}],
-        ["bad", {"id": "x", "component_type": "node"}],
+        ["bad", {"id": "x\n", "component_type": "node"}],
         ["new", {"id": ulid, "component_type": "module"}],
     ]
     want = ["same", "added", "conflict", "invalid", "invalid"]
@@ -456,6 +456,22 @@ def test_import_merges_reports_and_never_rebinds(pair: Pair) -> None:
         ("new", "retired", ""),
     ]
     assert a.get("held")["id"] == held
+
+
+def test_import_id_that_is_no_ulid_is_kept_and_flagged(pair: Pair) -> None:
+    """An id that is no ULID is adopted as it is, told in report and history, and works in every verb that takes one."""
+    a = pair.session("a")
+    entries = [["arm", {"id": "node-7", "component_type": "node"}]]
+    report = a.send("import", upload="u", entries=entries, last=True).ok()["report"]
+    assert [tuple(line) for line in report] == [("arm", "added", "id is no ULID: kept as it is")]
+    (created,) = [e for e in a.send("history", name="arm").ok()["events"] if e["kind"] == "created"]
+    assert created["why"]["foreign_id"] is True
+    assert a.send("whois", id="node-7").ok()["component"]["name"] == "arm"
+    assert a.send("rename", old="arm", new="arm2", id="node-7").ok()["changed"]
+    assert a.send("set_metadata", name="arm2", id="node-7", set={"k": 1}).ok()["changed"]
+    assert a.send("retire", name="arm2", id="node-7").ok()["changed"]
+    assert a.resolve("arm2").ok()["id"] == "node-7"
+    assert a.send("export").ok()["entries"]["arm2"]["id"] == "node-7"
 
 
 def test_pages_fit_a_frame_and_lose_nothing(pair: Pair) -> None:

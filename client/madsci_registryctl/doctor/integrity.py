@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from madsci_registry.errors import RegistryError
+from madsci_registryctl import daemon_program
 from madsci_registryctl.doctor import probes
 from madsci_registryctl.doctor.case import Case
 from madsci_registryctl.doctor.checks import WAL_MAX_BYTES, in_bytes
 from madsci_registryctl.doctor.findings import Finding
 from madsci_registryctl.invocation import Invocation
-
-DAMAGED = 65
-"""The exit status of `madsci-registryd verify` where it found something."""
 
 
 def integrity(invocation: Invocation, case: Case) -> list[Finding]:
@@ -54,24 +50,12 @@ def _needed_bytes(case: Case) -> int:
 
 
 def _verify(registry: Path, case: Case) -> list[Finding]:
-    from madsci_registry._autostart import clean_environment
-    from madsci_registry._endpoint import environment
-
-    done = subprocess.run(
-        [sys.executable, "-m", "madsci_registryd", "--registry", str(registry), "verify"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="backslashreplace",
-        cwd="/",
-        env=clean_environment(environment()),
-        check=False,
-    )
+    done = daemon_program.run(registry, "verify")
     if done.returncode == 0:
         what = "a copy of it, made now, was checked" if case.status else "it was checked"
         return [Finding("ok", "integrity", f"the whole database is sound ({what})")]
     said = done.stdout.splitlines() or done.stderr.splitlines()[-1:]
-    if done.returncode != DAMAGED:
+    if done.returncode != daemon_program.DAMAGED:
         return [_unchecked(f"{' '.join(said)} (status {done.returncode})", "see docs/operations.md for that status")]
     return [Finding("error", "integrity", line, _restore(case)) for line in said]
 
