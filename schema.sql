@@ -7,6 +7,7 @@ CREATE TABLE meta (
     key   TEXT PRIMARY KEY,  -- epoch: number of this start, grows durably at each one, at least unix seconds
                              -- created_at: when this registry was made
                              -- compacted: up to this revision, lock events may have been trimmed
+                             -- exported: up to this revision, identities are as registry.json has them
     value ANY NOT NULL
 ) STRICT, WITHOUT ROWID;
 
@@ -59,6 +60,18 @@ CREATE TABLE locks (
     seq           INTEGER NOT NULL                 -- the request that was granted it: cancel frees exactly that
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX locks_by_session ON locks (session_id);
+
+-- Which names old programs hold, as they wrote it into registry.json; kept here so that a torn file frees none. A row
+-- goes when the lock was given back or was not renewed in time.
+CREATE TABLE old_locks (
+    id              TEXT PRIMARY KEY REFERENCES components (id),
+    holder_pid      INTEGER NOT NULL,              -- what follows is the old program's own word
+    holder_host     TEXT NOT NULL,
+    holder_instance TEXT NOT NULL,
+    acquired_at     TEXT NOT NULL,
+    heartbeat_at    TEXT NOT NULL,
+    expires_at      TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
 
 -- Every change, written in the transaction that makes it. Identity events stay for ever, lock events (granted,
 -- released, ended, broken) for 30 days or a million rows.

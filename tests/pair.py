@@ -80,6 +80,10 @@ class Pair:
     def session(self, name: str, uid: int = 1000) -> Client:
         return Client(self, name, uid)
 
+    def commit(self) -> None:
+        """End the daemon's turn."""
+        self.core.registrar.commit()
+
     def turn(self) -> None:
         """Let the daemon do what is due."""
         self.core.timers.run_due()
@@ -129,7 +133,7 @@ class Client:
         asked = Asked()
         self._pair.core.handlers.request(frame, asked)
         if turn:
-            self._pair.core.registrar.commit()
+            self._pair.commit()
         return asked
 
     def resolve(self, name: str, component_type: str = "node", *, instance: str = "i", **fields: Any) -> Asked:

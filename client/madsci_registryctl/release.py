@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from madsci_registry.errors import ConflictError
+from madsci_registry.errors import ConflictError, HeldError
 from madsci_registryctl.invocation import Command, Invocation, complete_name
 from madsci_registryctl.render import holder_text, print_json
 
@@ -26,6 +26,9 @@ def release_command(invocation: Invocation, name: str, force: bool, reason: str)
         )
     with invocation.client() as client:
         component = client.get(name)
+        if component.old_lock is not None:
+            message = f"{name} is held by {component.old_lock.label}, whose lock cannot be broken: end that program"
+            raise HeldError(message, name=name, id=component.id, old_lock=component.old_lock)
         if component.holder is None or component.fencing_token is None:
             _report(invocation, name, broken=False, said=f"Nobody holds {name}.")
             return

@@ -14,7 +14,7 @@ import click
 from madsci_registry.errors import HeldError, NotFoundError, RegistryError
 
 if TYPE_CHECKING:
-    from madsci_registry.types import Holder
+    from madsci_registry.types import Holder, OldLock
     from madsci_registryctl.invocation import Invocation
 
 # What a terminal may take for a command, or what breaks a line. A name that an old file brought in may hold any of it.
@@ -106,6 +106,15 @@ def holder_fields(holder: Holder) -> dict[str, object]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def old_lock_fields(lock: OldLock) -> dict[str, object]:
+    """Say what an old program wrote of itself into registry.json."""
+    return {
+        "holder": f"{lock.label} since {whole_seconds(lock.acquired_at)}",
+        "until": f"{whole_seconds(lock.expires_at)}, if it does not renew that",
+        "it says it is": f"instance {lock.holder_instance}",
+    }
+
+
 def hint_of(error: RegistryError) -> str | None:
     """Say what a person can do about an error, or None."""
     own: str | None = getattr(error, "hint", None)
@@ -113,6 +122,9 @@ def hint_of(error: RegistryError) -> str | None:
         return own
     if isinstance(error, NotFoundError) and error.renamed_to:
         return f"it is called {error.renamed_to!r} now"
+    if isinstance(error, HeldError) and error.old_lock:
+        lock = error.old_lock
+        return f"kill {lock.holder_pid} on {lock.holder_host} would end it; its lock is over 30 s later"
     if isinstance(error, HeldError) and error.holder:
         place = f"; you were number {error.place} in the queue" if error.place else ""
         program = f"runs {error.holder.command_line}; " if error.holder.command_line else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,9 +22,26 @@ def status_command(invocation: Invocation) -> None:
         print_json(status)
         return
     degraded = status.pop("degraded", [])
+    export = status.pop("export", {"state": "off"})
     print_fields(status)
+    print_fields(_of_file(export))
     if degraded:
         print_fields({"degraded": degraded})
+
+
+def _of_file(export: dict[str, Any]) -> dict[str, object]:
+    """Say how it stands with registry.json, and which old programs were seen to write it."""
+    shown: dict[str, object] = {"registry.json": export["state"]}
+    if export["state"] == "off":
+        return shown
+    old = [f"pid {o['pid']} on {o['host']}, seen {whole_seconds(o['seen_at'])}" for o in export["old_programs"]]
+    facts = {
+        "fault": export["fault"],
+        "old programs": old,
+        "refused changes": export["refused"],
+        "put aside": export["put_aside"],
+    }
+    return shown | {key: value for key, value in facts.items() if value}
 
 
 @click.command("where", cls=Command)

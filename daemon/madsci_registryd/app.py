@@ -11,21 +11,25 @@ import os
 import resource
 import signal
 import socket
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from madsci_registry import protocol as p
-from madsci_registryd import database, facts, holders
+from madsci_registryd import database, facts, fragments, holders
 from madsci_registryd.batch import Write, always
+from madsci_registryd.bridge import Bridge
 from madsci_registryd.clock import SystemClock, iso
 from madsci_registryd.core import Core
+from madsci_registryd.export import Export
 from madsci_registryd.faults import CorruptDatabase, StartFault, StorageFault, os_fault
 from madsci_registryd.holders import Life
 from madsci_registryd.instance import InstanceLock
 from madsci_registryd.lifelines import Lifelines
 from madsci_registryd.locks import Session
 from madsci_registryd.loop import Loop, Turn
+from madsci_registryd.passes import Passes
 from madsci_registryd.server import Server
 from madsci_registryd.settings import Places, Settings
 from madsci_registryd.sockets import ListeningPath
@@ -40,6 +44,8 @@ TRIM_S = 60.0
 TRIM_SOON_S = 0.2
 TRIM_ROWS = 500
 """2,500 events a second, each time for about 2 ms."""
+SWITCH_S = 0.0005
+"""How long another thread may keep the loop waiting; Python's own 5 ms would be the file thread's each time."""
 LOCK_EVENTS_KEPT = 1_000_000
 LOCK_EVENTS_KEPT_S = 30 * 86400.0
 
@@ -53,6 +59,8 @@ class App:
         self.clock = SystemClock()
         self.loop = Loop()
         self.why_stop: str | None = None
+        self.passes: Passes | None = None
+        self.bridge: Bridge | None = None
         self._busy_at = self.clock.monotonic()
 
     # start
@@ -71,6 +79,7 @@ class App:
         try:
             self._build()
             self.core.begin(VERSION, self._judge)
+            self._open_file()
         except database.DatabaseError as error:
             raise database.start_fault(error, self.places.database) from error
         if after_error:
@@ -120,6 +129,19 @@ class App:
             best_proof=self.settings.proof,
         )
 
+    def _open_file(self) -> None:
+        """Bring registry.json and the database together, and begin to keep the file."""
+        if not self.settings.export:
+            return
+        now = iso(self.clock.wall())
+        claim = fragments.claim(os.getpid(), self.host, self.core.epoch, now)
+        created_at = str(self.service.store.meta("created_at"))
+        export = Export(self.places.registry, self.clock, claim, created_at)
+        self.passes = Passes(export)
+        self.bridge = Bridge(self.core, export, self.passes.send)
+        self.service.old_programs = self.bridge
+        self.bridge.open()
+
     def _judge(self, tx: Tx, session: Session) -> None:
         """Find out whether the process of a session that an earlier daemon left is alive."""
         found = holders.find(session.identity, self.settings.proof)
@@ -137,6 +159,10 @@ class App:
     def _watch_world(self, after_error: bool) -> None:
         self.loop.watch(self.server.fd, Turn.REQUESTS, self.server.wake)
         self.timers.every(LOOK_AFTER_S, self._look_after)
+        if self.passes is not None:
+            self.loop.watch(self.passes.fd, Turn.REQUESTS, self._take_passes)
+            self.passes.start()
+            sys.setswitchinterval(SWITCH_S)
         self.timers.after(TRIM_S, self._trim)
         if after_error:
             self.timers.after(p.GRACE_S, self._end_grace)
@@ -148,6 +174,11 @@ class App:
         self.loop.watch(wake.fileno(), Turn.DEATHS, lambda events: _read_all(wake))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+
+    def _take_passes(self, events: int) -> None:
+        assert self.passes is not None and self.bridge is not None
+        for done in self.passes.take():
+            self.bridge.done(done.result, done.was_asked)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.why_stop = signal.Signals(number).name
@@ -166,9 +197,11 @@ class App:
         return 0
 
     def _turn(self) -> None:
-        timeout_s = self.timers.run_due()
+        self.timers.run_due()
         self.registrar.commit()
-        self.loop.turn(0 if self.why_stop or self.server.has_input() else timeout_s)
+        if self.bridge is not None:
+            self.bridge.pump()
+        self.loop.turn(0 if self.why_stop or self.server.has_input() else self.timers.next_s())
         self.server.drain(self.core.handlers.request)
         self.registrar.commit()
 
@@ -258,6 +291,8 @@ class App:
         if self.proof != "pidfd":
             why = "the setting proof says so" if self.proof == self.settings.proof else "this kernel gives no more"
             degraded.append(f"holders are proven alive by {self.proof} only: {why}")
+        if self.bridge is not None:
+            degraded += self.bridge.degraded()
         return {
             "version": VERSION,
             "protocol_version": p.PROTOCOL_VERSION,
@@ -277,6 +312,7 @@ class App:
             "sessions": len(self.registrar.sessions),
             "waiting": len(self.registrar.queues),
             "proof": self.proof,
+            "export": self.bridge.status() if self.bridge is not None else {"state": "off"},
             "degraded": degraded,
         }
 
@@ -285,6 +321,9 @@ class App:
         self.registrar.close()
         self.lifelines.close()
         self.server.close()
+        if self.passes is not None and self.bridge is not None:
+            self.passes.stop()
+            self.bridge.close()
         self.core.close()
         self.instance.close()
         signal.set_wakeup_fd(-1)

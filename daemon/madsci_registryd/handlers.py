@@ -23,10 +23,12 @@ from madsci_registry.errors import (
 )
 from madsci_registryd.backups import Backups
 from madsci_registryd.database import DatabaseError
+from madsci_registryd.export import Want
 from madsci_registryd.faults import StorageFault
 from madsci_registryd.imports import Imports
 from madsci_registryd.locks import Presence, Session
 from madsci_registryd.registrar import Answer, Registrar, outcome
+from madsci_registryd.service import OldPrograms
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ class Change(NamedTuple):
 
     verb: Callable[..., Any]
     light: Callable[[Any], bool] = lambda request: False
+    wants: Callable[[OldPrograms, Session, Any], list[Want]] = lambda old, who, request: []
+    """What old programs must see first, if anything."""
 
 
 class Parks(NamedTuple):
@@ -70,11 +74,11 @@ class Handlers:
             p.Export: Read(reads.export),
             p.Backup: Read(backups.backup),
             p.Watch: Parks(registrar.watch),
-            p.Resolve: Change(service.resolve, self._resolves_known),
-            p.ResolveMany: Change(service.resolve_many),
+            p.Resolve: Change(service.resolve, self._resolves_known, lambda old, who, r: old.for_resolve(who, r)),
+            p.ResolveMany: Change(service.resolve_many, wants=lambda old, who, r: old.for_many(who, r)),
             p.Release: Change(service.release, lambda r: True),
             p.ReleaseAll: Change(service.release_all, lambda r: True),
-            p.Rename: Change(service.rename),
+            p.Rename: Change(service.rename, wants=lambda old, who, r: old.for_rename(who, r)),
             p.Retire: Change(service.retire),
             p.Revive: Change(service.revive),
             p.SetMetadata: Change(service.set_metadata),
@@ -91,7 +95,7 @@ class Handlers:
             if isinstance(handler, Read):
                 answer({"ok": handler.verb(who, request)})
             elif isinstance(handler, Change):
-                self._registrar.write(who, request, handler.verb, answer, partial(handler.light, request))
+                self._change(who, request, handler, answer)
             else:
                 handler.verb(who, request, answer)
         except RegistryError as error:
@@ -101,6 +105,23 @@ class Handlers:
         except Exception:  # the outer loop of a request
             log.exception("a request broke")
             answer(outcome(InternalError("the daemon has a fault; it was logged, and nothing changed")))
+
+    def _change(self, who: Session, request: Any, change: Change, answer: Answer) -> None:
+        """Put a change into the turn's batch, or into that of the turn in which old programs see what it needs."""
+        write = partial(self._registrar.write, who, request, change.verb, answer, partial(change.light, request))
+        old_programs = self._registrar.service.old_programs
+        wants = change.wants(old_programs, who, request)
+        if not wants:
+            write()
+            return
+
+        def then(refusal: RegistryError | None) -> None:
+            if refusal is not None:
+                answer(outcome(refusal))
+            elif who.presence is Presence.ATTACHED:  # else its connection ended, and with it all requests in flight
+                write()
+
+        old_programs.prepare(wants, then)
 
     def line(self, line: bytes) -> Any:
         """Decode what a client says on its lifeline.

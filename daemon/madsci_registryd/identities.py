@@ -12,6 +12,7 @@ from typing import Any
 from madsci_registry import protocol as p
 from madsci_registry.errors import ConflictError, InvalidError, NameTakenError, NotFoundError
 from madsci_registry.names import check_metadata, check_name
+from madsci_registry.registry_json import is_foreign_id
 from madsci_registryd.clock import instant
 from madsci_registryd.locks import Queues, Session
 from madsci_registryd.store import Lock, Row, Store
@@ -45,7 +46,7 @@ class Identities:
         taken = self.store.by_name(r.new)
         if taken is not None:
             raise NameTakenError(f"{r.new!r} is known already", name=r.new, id=taken.id)
-        if row.lock is not None and not r.force:
+        if row.old_lock is not None or (row.lock is not None and not r.force):
             raise held_by(self.session, self.host, r.old, row, who, waiting=self.queues.count(r.old))
         self.store.rename(row.id, r.old, r.new)
         moved = self._get(r.new)
@@ -91,7 +92,7 @@ class Identities:
         row = self._expect(r.name, r.id)
         if row.retired:
             return self._unchanged(row)
-        if row.lock is not None:
+        if row.lock is not None or row.old_lock is not None:
             raise held_by(self.session, self.host, r.name, row, who, waiting=self.queues.count(r.name))
         limit = instant(r.unseen_since)
         if r.unseen_since is not None and limit is None:
@@ -121,8 +122,9 @@ class Identities:
 
     # imports (the verb is in imports.py)
 
-    def adopt(self, tx: Tx, who: Session, name: str, entry: dict[str, Any]) -> None:
-        """Make a component as an entry of registry.json has it; neither its name nor its id is known here."""
+    def adopt(self, tx: Tx, who: Session | None, name: str, entry: dict[str, Any], **more: Any) -> None:
+        """Make a component as an entry of registry.json has it; neither its name nor its id is known here. `who` is
+        None where an old program wrote it; the event's `why` says `more`."""
         text = json.dumps(entry.get("metadata") or {}, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
         self.store.add_component(
             entry["id"],
@@ -135,7 +137,9 @@ class Identities:
             workcell_id=entry.get("workcell_id"),
         )
         row = self._get(name)
-        why = {"component_type": row.component_type, "metadata": json.loads(text), "imported": True}
+        why = {"component_type": row.component_type, "metadata": json.loads(text), "imported": True, **more}
+        if is_foreign_id(entry):
+            why["foreign_id"] = True
         self._event(tx, who, "created", row, **why)
         tx.durable = True
 
@@ -145,7 +149,7 @@ class Identities:
         for row in self.store.components(limit=-1, retired=False):
             if row.name in names:
                 continue
-            if row.lock is not None:
+            if row.lock is not None or row.old_lock is not None:
                 report.append((row.name, "conflict", "not in the file, but held: not retired"))
                 continue
             if not dry_run:
@@ -164,6 +168,14 @@ class Identities:
         self.store.set_metadata(row.id, text)
         self._event(tx, who, "metadata", row, metadata=json.loads(text))
         tx.durable = True
+
+    def known(self, name: str) -> Row:
+        """Return the row of a name. Raises: NotFoundError."""
+        return self._get(name)
+
+    def check_new(self, name: str) -> None:
+        """Refuse what may not be a component's new name. Raises: InvalidError, TooLargeError."""
+        check_name(name, "new")
 
     def _get(self, name: str) -> Row:
         row = self.store.by_name(name)
@@ -196,8 +208,15 @@ class Identities:
             self.store.add_session(who)
             tx.stored.append(who)
 
-    def _event(self, tx: Tx, who: Session, kind: str, row: Row, **why: Any) -> None:
+    def _event(self, tx: Tx, who: Session | None, kind: str, row: Row, **why: Any) -> None:
+        if who is None:
+            self.note(tx, kind, row.name, row.id, **why)
+            return
         self.store.add_event(kind, tx.now, name=row.name, id=row.id, uid=who.uid, pid=who.pid, session=who.id, why=why)
+
+    def note(self, tx: Tx, kind: str, name: str | None, id: str | None, **why: Any) -> None:
+        """Record what no client did: an old program, by registry.json."""
+        self.store.add_event(kind, tx.now, name=name, id=id, why=why)
 
     def _next_token(self, tx: Tx, last: int) -> int:
         token = max(last + 1, self.epoch * TOKENS_A_TERM)

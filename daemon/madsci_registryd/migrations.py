@@ -12,11 +12,23 @@ from importlib.resources import files
 
 import apsw
 
-VERSION = 1
+VERSION = 2
 APPLICATION_ID = 0x4D526567
 """'MReg', in the file's header: tells our databases from foreign ones."""
 
-STEPS: dict[int, Callable[[apsw.Connection], None]] = {}
+
+def _old_locks(db: apsw.Connection) -> None:
+    """Version 2: the locks of old programs, from registry.json."""
+    db.execute(_table("old_locks"))
+
+
+def _table(name: str) -> str:
+    """Return the definition of a table as schema.sql has it."""
+    start = schema().index(f"CREATE TABLE {name} ")
+    return schema()[start : schema().index(";", start)]
+
+
+STEPS: dict[int, Callable[[apsw.Connection], None]] = {2: _old_locks}
 """Step n leads from version n-1 to n. Version 1 is the first."""
 
 

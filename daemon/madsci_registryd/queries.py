@@ -3,8 +3,10 @@
 _COMPONENT = """
     SELECT c.id, c.name, c.component_type, c.retired, c.created_at, c.last_seen, c.metadata,
            c.created_session, c.created_seq, n.last_token, c.workcell_id,
-           l.session_id, l.instance, l.fencing_token, l.acquired_at, l.seq
+           l.session_id, l.instance, l.fencing_token, l.acquired_at, l.seq,
+           o.holder_pid, o.holder_host, o.holder_instance, o.acquired_at, o.heartbeat_at, o.expires_at
       FROM components c JOIN names n ON n.name = c.name LEFT JOIN locks l ON l.id = c.id
+           LEFT JOIN old_locks o ON o.id = c.id
 """
 COMPONENT_BY_NAME = _COMPONENT + " WHERE c.name = ?"
 COMPONENT_BY_ID = _COMPONENT + " WHERE c.id = ?"
@@ -15,7 +17,7 @@ LIST = (
        AND (:pattern IS NULL OR c.name GLOB :pattern)
        AND (:component_type IS NULL OR c.component_type = :component_type)
        AND (:retired IS NULL OR c.retired = :retired)
-       AND (:held IS NULL OR (l.id IS NOT NULL) = :held)
+       AND (:held IS NULL OR (l.id IS NOT NULL OR o.id IS NOT NULL) = :held)
      ORDER BY c.name LIMIT :limit"""
 )
 ID_BY_NAME = "SELECT id FROM components WHERE name = ?"
@@ -28,6 +30,7 @@ ADD_COMPONENT = """
                             created_session, created_seq)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 SET_METADATA = "UPDATE components SET metadata = ? WHERE id = ?"
+SET_WORKCELL = "UPDATE components SET workcell_id = ? WHERE id = ?"
 SET_RETIRED = "UPDATE components SET retired = ? WHERE id = ?"
 SET_LAST_SEEN = "UPDATE components SET last_seen = ? WHERE id = ?"
 SET_NAME = "UPDATE components SET name = ? WHERE id = ?"
@@ -42,7 +45,16 @@ LOCKS_OF_SESSION = """
      WHERE l.session_id = ? ORDER BY c.name"""
 LOCKED_NAME_BY_SEQ = """
     SELECT c.name FROM locks l JOIN components c ON c.id = l.id WHERE l.session_id = ? AND l.seq = ?"""
+LOCKED_NAMES = "SELECT c.name FROM locks l JOIN components c ON c.id = l.id ORDER BY c.name"
 HELD_BY_SESSION = "SELECT session_id, count(*) FROM locks GROUP BY session_id"
+
+ADD_OLD_LOCK = """
+    INSERT INTO old_locks (id, holder_pid, holder_host, holder_instance, acquired_at, heartbeat_at, expires_at)
+    VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET
+        holder_pid = excluded.holder_pid, holder_host = excluded.holder_host,
+        holder_instance = excluded.holder_instance, acquired_at = excluded.acquired_at,
+        heartbeat_at = excluded.heartbeat_at, expires_at = excluded.expires_at"""
+DROP_OLD_LOCK = "DELETE FROM old_locks WHERE id = ?"
 
 SESSIONS = """
     SELECT id, token_hash, uid, gid, pid, start_time, pidfd_inode, boot_id, pid_namespace, client, started_at
@@ -67,6 +79,9 @@ EVENTS_OF = (
         OR revision IN (SELECT revision FROM events WHERE id = :id))
      ORDER BY revision LIMIT :limit"""
 )
+CHANGED_AFTER = """
+    SELECT DISTINCT id FROM events
+     WHERE revision > ? AND id IS NOT NULL AND kind NOT IN ('granted', 'released', 'ended', 'broken', 'refused')"""
 LAST_REVISION = "SELECT coalesce(max(revision), 0) FROM events"
 COUNT_EVENTS = "SELECT count(*) FROM events"
 OLDEST_EVENTS = "SELECT revision, at FROM events WHERE revision > ? ORDER BY revision LIMIT ?"
@@ -79,4 +94,4 @@ SET_META = "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPD
 HIGHEST_TOKEN = "SELECT coalesce(max(last_token), 0) FROM names"
 COUNTS = """
     SELECT (SELECT count(*) FROM components WHERE retired = 0), (SELECT count(*) FROM components WHERE retired = 1),
-           (SELECT count(*) FROM locks)"""
+           (SELECT count(*) FROM locks) + (SELECT count(*) FROM old_locks)"""

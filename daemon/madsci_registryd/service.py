@@ -17,8 +17,8 @@ epoch by itself, which is why that one grant is made durable.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from madsci_registry import protocol as p
 from madsci_registry.errors import (
@@ -35,6 +35,9 @@ from madsci_registryd.locks import Claim, ClaimEvent, Identity, Owner, Queues, S
 from madsci_registryd.store import Lock, Row, Store
 from madsci_registryd.transaction import Told, Tx
 from madsci_registryd.views import held_by, new_holder
+
+if TYPE_CHECKING:
+    from madsci_registryd.export import Want
 
 
 class Parked:
@@ -56,6 +59,45 @@ class OutsideStage:
         """Undo what was begun for a claim that is not wanted any more."""
 
 
+class OldPrograms:
+    """What old programs, which know registry.json alone, have to see before anybody is answered. Here there are none.
+
+    A name is *ready* when no old program can take it: its lock may be granted. What a request needs to be there first
+    is asked for by `for_...` and brought there by `prepare`.
+    """
+
+    def ready(self, name: str) -> bool:
+        """Tell whether the name's lock may be granted now."""
+        return True
+
+    def want(self, name: str) -> None:
+        """Make the name ready, for who waits for it; who waits is looked at again then."""
+
+    def id_for(self, name: str) -> str | None:
+        """Return the ULID that old programs see for a name that is new here; None: they see none."""
+        return None
+
+    def for_resolve(self, who: Session, r: p.Resolve) -> list[Want]:
+        """List what a resolve needs. Raises: RegistryError: it is refused anyway."""
+        return []
+
+    def for_many(self, who: Session, r: p.ResolveMany) -> list[Want]:
+        """The same for many."""
+        return []
+
+    def for_rename(self, who: Session, r: p.Rename) -> list[Want]:
+        """The same for a rename."""
+        return []
+
+    def for_import(self, entries: Iterable[tuple[str, dict[str, Any]]]) -> list[Want]:
+        """The same for entries, each without a fault."""
+        return []
+
+    def prepare(self, wants: list[Want], then: Callable[[RegistryError | None], None]) -> None:
+        """Bring that about, then call `then` with None, or with the error where it could not be done in time."""
+        then(None)
+
+
 class Service(Identities):
     """The verbs of locks, on top of those of identities. Belongs to the thread that owns the database."""
 
@@ -75,6 +117,7 @@ class Service(Identities):
         """Monotonic; after an I/O error holders get time to say what they hold."""
         self._new_id = new_id
         self._stage = stage or OutsideStage()
+        self.old_programs = OldPrograms()
 
     # resolve
 
@@ -82,7 +125,7 @@ class Service(Identities):
         """Answer the ULID of a name, made if new, with its lock if wanted."""
         if r.seq in who.withdrawn:
             raise RegistryTimeoutError("the request was withdrawn before it was run; nothing changed")
-        row = self._known(r)
+        row = self.check(r)
         if not r.acquire_lock:
             return self._identity(tx, who, r, row)[1]
         owner = Owner(who.id, r.instance)
@@ -95,10 +138,8 @@ class Service(Identities):
         ahead = len(self._claims(tx, r.name))
         may_wait = r.wait_s > 0 or r.renew
         verdict = decide(holder, owner, ahead=ahead, may_wait=may_wait)
-        if verdict is Verdict.GRANT and tx.monotonic < self.no_grants_before:
-            if not may_wait:
-                raise BusyError("the daemon restarted after an I/O error: holders have 10 s to come back; try again")
-            verdict = Verdict.QUEUE
+        if verdict is Verdict.GRANT:
+            verdict = self._now_or_later(tx, r.name, row, may_wait=may_wait)
         if verdict is Verdict.HELD:
             raise held_by(self.session, self.host, r.name, row, who, waiting=ahead)
         if verdict is Verdict.SAME:
@@ -110,6 +151,19 @@ class Service(Identities):
             new.move(ClaimEvent.TURN)
         tx.waiting.append(new)
         return PARKED
+
+    def _now_or_later(self, tx: Tx, name: str, row: Row | None, *, may_wait: bool) -> Verdict:
+        """Judge a name that no client holds: it may not be anybody's yet, or an old program's."""
+        if tx.monotonic < self.no_grants_before:
+            if not may_wait:
+                raise BusyError("the daemon restarted after an I/O error: holders have 10 s to come back; try again")
+            return Verdict.QUEUE
+        if self.old_programs.ready(name):
+            return Verdict.GRANT
+        self.old_programs.want(name)
+        if not may_wait and (row is None or row.old_lock is None):
+            raise BusyError(f"{name!r} cannot be kept from old programs just now; try again")
+        return Verdict.QUEUE if may_wait else Verdict.HELD
 
     def _renew(self, tx: Tx, who: Session, r: p.Resolve, claim: Claim, row: Row | None) -> Reply:
         """Keep a waiter's place for another request of its chain."""
@@ -125,23 +179,27 @@ class Service(Identities):
         """Resolve each item by itself, without waiting; one refusal spoils only its own item."""
         results = []
         for item in r.items:
-            single = p.Resolve(
-                token="",
-                epoch=r.epoch,
-                seq=r.seq,
-                name=item.name,
-                component_type=item.component_type,
-                instance=r.instance,
-                metadata=item.metadata,
-                acquire_lock=r.acquire_lock,
-            )
             try:
-                results.append({"ok": self.resolve(tx, who, single)})
+                results.append({"ok": self.resolve(tx, who, self.single(r, item))})
             except RegistryError as error:
                 results.append({"error": error.to_wire()})
         return {"results": results}
 
-    def _known(self, r: p.Resolve) -> Row | None:
+    def single(self, r: p.ResolveMany, item: p.ResolveItem) -> p.Resolve:
+        """Return the resolve that an item of many stands for."""
+        return p.Resolve(
+            token="",
+            epoch=r.epoch,
+            seq=r.seq,
+            name=item.name,
+            component_type=item.component_type,
+            instance=r.instance,
+            metadata=item.metadata,
+            acquire_lock=r.acquire_lock,
+        )
+
+    def check(self, r: p.Resolve) -> Row | None:
+        """Return what is known of the name. Raises: RegistryError: it cannot be resolved so; nothing changed."""
         row = self.store.by_name(r.name)
         if row is None:
             check_name(r.name)
@@ -207,9 +265,8 @@ class Service(Identities):
         made_by = who.id, r.seq
         before = self.store.name_row(r.name)
         last_token = before.last_token if before else 0
-        row = Row(
-            self._new_id(), r.name, r.component_type, False, tx.now, tx.now, text, made_by, last_token, None, None
-        )
+        id = self.old_programs.id_for(r.name) or self._new_id()
+        row = Row(id, r.name, r.component_type, False, tx.now, tx.now, text, made_by, last_token, None, None, None)
         self.store.add_component(row.id, r.name, r.component_type, tx.now, text, created_by=made_by)
         self._event(tx, who, "created", row, component_type=r.component_type, metadata=json.loads(text))
         tx.durable = True
@@ -234,10 +291,16 @@ class Service(Identities):
         row = self.store.by_name(name)
         settled = {claim.key for claim, _ in tx.settled}
         claims = tuple(c for c in self._claims(tx, name) if c.key not in settled)
-        if row is not None and row.lock is not None or tx.monotonic < self.no_grants_before:
+        if row is not None and row.lock is not None:
+            self.old_programs.want(name)  # its holder has it already, if not ready
+            return
+        if tx.monotonic < self.no_grants_before:
             return
         claim = next_claim(claims, may_hear)
         if claim is None:
+            return
+        if not self.old_programs.ready(name):
+            self.old_programs.want(name)
             return
         if not self._stage.begin(claim):
             claim.move(ClaimEvent.TURN)
@@ -257,7 +320,7 @@ class Service(Identities):
         who = self.session(claim.owner.session)
         assert who is not None
         try:
-            tx.settled.append((claim, self._take(tx, who, claim.request, self._known(claim.request))))
+            tx.settled.append((claim, self._take(tx, who, claim.request, self.check(claim.request))))
         except RegistryError as error:  # the world changed while it waited: another type, a full metadata
             tx.settled.append((claim, error))
             tx.freed.append(claim.name)
@@ -356,6 +419,7 @@ class Service(Identities):
             self._store_session(tx, who)
             self.store.add_lock(row, Owner(who.id, hold.instance), hold.fencing_token, tx.now, 0)
             self._event(tx, who, "granted", row, fencing_token=hold.fencing_token, reasserted=True)
+            self.old_programs.want(hold.name)
 
     def _end_lock(self, tx: Tx, who: Session, row: Row, kind: str, **why: Any) -> None:
         assert row.lock is not None

@@ -42,6 +42,8 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     idle_exit: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Seconds without any client after which the daemon ends. Default: it never does."""
+    export: bool = True
+    """Keep registry.json as MADSci's own programs read and write it; off where none of them is left."""
     proof: Proof = "pidfd"
     """The best proof of life that is used; a lower one than the kernel gives is for tests and for its bugs."""
     sessions_per_uid: Annotated[int, Field(ge=1, le=100_000)] = 4096

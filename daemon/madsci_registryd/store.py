@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import apsw
 
-from madsci_registry.types import Process
+from madsci_registry.types import OldLock, Process
 from madsci_registryd import queries as q
 from madsci_registryd.locks import Identity, Owner, Presence, Session
 
@@ -37,6 +37,8 @@ class Row(NamedTuple):
     last_token: int
     workcell_id: str | None
     lock: Lock | None
+    old_lock: OldLock | None
+    """An old program holds it, by registry.json."""
 
 
 class NameRow(NamedTuple):
@@ -56,6 +58,10 @@ class Store:
         self._revision: int = self._one(q.LAST_REVISION)
         self.identity_revision = self._revision
         """Moves with changes of identities, not with those of locks."""
+        self.touched: set[str] = set()
+        """Ids of components whose identity changed, for who exports it; a change that was rolled back may be in it."""
+        self.seen: set[str] = set()
+        """The same for locks and `last_seen`."""
         self._count: int | None = None
         """How many events there are, counted at the first trim."""
 
@@ -120,21 +126,30 @@ class Store:
         self._run(q.ADD_NAME, (name,))
         row = (id, name, component_type, retired, created_at or now, last_seen or now, metadata, workcell_id)
         self._run(q.ADD_COMPONENT, (*row, *created_by))
+        self.touched.add(id)
 
     def set_metadata(self, id: str, metadata: str) -> None:
         self._run(q.SET_METADATA, (metadata, id))
+        self.touched.add(id)
+
+    def set_workcell(self, id: str, workcell_id: str) -> None:
+        self._run(q.SET_WORKCELL, (workcell_id, id))
+        self.touched.add(id)
 
     def set_retired(self, id: str, retired: bool) -> None:
         self._run(q.SET_RETIRED, (retired, id))
+        self.touched.add(id)
 
     def set_last_seen(self, id: str, now: str) -> None:
         self._run(q.SET_LAST_SEEN, (now, id))
+        self.seen.add(id)
 
     def rename(self, id: str, old: str, new: str) -> None:
         """Move a component to a name that no component has; the old name remembers where it went."""
         self._run(q.ADD_NAME, (new,))
         self._run(q.SET_NAME, (new, id))
         self._run(q.SET_RENAMED, (id, old))
+        self.touched.add(id)
 
     # locks
 
@@ -143,6 +158,7 @@ class Store:
         self._run(q.RAISE_TOKEN, (token, row.name))
         if row.last_seen != now:
             self._run(q.SET_LAST_SEEN, (now, row.id))
+        self.seen.add(row.id)
 
     def move_lock_token(self, id: str, name: str, token: int) -> None:
         """Give the lock of component `id`, now called `name`, this token."""
@@ -152,6 +168,17 @@ class Store:
     def drop_lock(self, id: str, now: str) -> None:
         self._run(q.DROP_LOCK, (id,))
         self._run(q.SET_LAST_SEEN, (now, id))
+        self.seen.add(id)
+
+    def locked_names(self) -> list[str]:
+        return [name for (name,) in self._run(q.LOCKED_NAMES)]
+
+    def set_old_lock(self, id: str, lock: OldLock | None) -> None:
+        """Note which old program holds a component; None: none does any more."""
+        if lock is None:
+            self._run(q.DROP_OLD_LOCK, (id,))
+        else:
+            self._run(q.ADD_OLD_LOCK, (id, *vars(lock).values()))
 
     def locks_of(self, session: str) -> list[tuple[str, str, int]]:
         """List (name, instance, fencing_token) of what a session holds."""
@@ -231,6 +258,10 @@ class Store:
         given = {"name": name, "id": id, "after": after, "limit": limit}
         return [_event(r) for r in self._run(q.EVENTS_OF, given)]
 
+    def changed_after(self, revision: int) -> set[str]:
+        """Return the ids of components whose identity changed after `revision`."""
+        return {id for (id,) in self._run(q.CHANGED_AFTER, (revision,))}
+
     def trim_lock_events(self, before: str, keep: int, limit: int) -> bool:
         """Look at the next `limit` events from where the last trim ended: delete the lock events among them that are
         older than `before`, or too many where there are more than `keep` events; True: there is more to do."""
@@ -265,9 +296,13 @@ class Store:
         return names, retired, held
 
 
+_OLD_LOCK = tuple(OldLock.__dataclass_fields__)
+
+
 def _row(r: Any) -> Row:
     lock = Lock(Owner(r[11], r[12]), r[13], r[14], r[15]) if r[11] is not None else None
-    return Row(r[0], r[1], r[2], bool(r[3]), r[4], r[5], r[6], (r[7], r[8]), r[9], r[10], lock)
+    old = OldLock(**dict(zip(_OLD_LOCK, r[16:22], strict=True))) if r[16] is not None else None
+    return Row(r[0], r[1], r[2], bool(r[3]), r[4], r[5], r[6], (r[7], r[8]), r[9], r[10], lock, old)
 
 
 def _event(r: Any) -> dict[str, Any]:

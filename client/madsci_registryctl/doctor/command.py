@@ -95,6 +95,7 @@ def _checks() -> Mapping[str, Check]:
         "version": daemon_checks.versions,
         "program": daemon_checks.program,
         "degraded": daemon_checks.degraded,
+        "registry.json": daemon_checks.registry_json,
         "proof of life": checks.proof,
         "clients": daemon_checks.clients,
         "socket folder": socket_checks.socket_folder,

@@ -11,7 +11,7 @@ from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from madsci_registry.errors import (
     PermissionDeniedError,
@@ -20,7 +20,7 @@ from madsci_registry.errors import (
 )
 from madsci_registryctl.doctor import probes
 from madsci_registryctl.doctor.case import AS_OWNER, Case
-from madsci_registryctl.doctor.findings import Finding
+from madsci_registryctl.doctor.findings import Finding, Level
 from madsci_registryctl.render import hint_of, whole_seconds
 
 if TYPE_CHECKING:
@@ -136,7 +136,41 @@ def degraded(case: Case) -> list[Finding]:
     """What the daemon itself says is not as it should be; how surely holders are known is a check of its own."""
     said = case.status["degraded"] if case.status else []
     fix = 'see "When something is wrong" in docs/operations.md'
-    return [Finding("warning", "degraded", line, fix) for line in said if not line.startswith("holders are proven")]
+    others = [line for line in said if not line.startswith(("holders are proven", "registry.json"))]
+    return [Finding("warning", "degraded", line, fix) for line in others]
+
+
+def registry_json(case: Case) -> list[Finding]:
+    """Whether registry.json is kept for old programs, which of them still write it, and what of that was refused."""
+    if case.status is None or "export" not in case.status:
+        return []
+    export = case.status["export"]
+    if export["state"] == "off":
+        found = "not kept (export is off): an old program that uses it can hold what a new one holds"
+        return [Finding("note", "registry.json", found)]
+    findings = [_file_state(export)]
+    if export["old_programs"]:
+        shown = ", ".join(f"pid {o['pid']} on {o['host']}" for o in export["old_programs"][-_SHOWN:])
+        fix = "registryctl dropin -- CMD..., or MADSCI_REGISTRY_DROPIN=1, has MADSci use the daemon"
+        findings.append(Finding("note", "registry.json", f"old programs still write it: {shown}", fix))
+    if export["refused"]:
+        found = f"{_count(export['refused'], 'change')} by old programs refused since the daemon started"
+        findings.append(Finding("warning", "registry.json", found, "registryctl history has each as `refused`"))
+    if export["put_aside"]:
+        found = f"it was not whole, and was put aside as {export['put_aside']}"
+        findings.append(Finding("warning", "registry.json", found, "an old program was killed while it wrote it"))
+    return findings
+
+
+def _file_state(export: dict[str, Any]) -> Finding:
+    if export["state"] == "on" and not export["busy"]:
+        return Finding("ok", "registry.json", f"kept for old programs; {_count(export['claims'], 'name')} claimed")
+    if export["state"] == "on":
+        found = "locked by an old program for longer than 2 s: new names have to wait"
+        return Finding("warning", "registry.json", found, "an old program that is stopped? `fuser` on its .lock file")
+    level: Level = "error" if export["state"] == "stopped" else "warning"
+    meant = "old programs are not kept apart from new ones" if level == "error" else "new names are refused"
+    return Finding(level, "registry.json", f"{export['fault']}; {meant}", "remove or repair what the message names")
 
 
 def clients(case: Case) -> list[Finding]:

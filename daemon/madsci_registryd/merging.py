@@ -1,0 +1,226 @@
+"""What old programs wrote into registry.json, and what of it is taken in. Pure: no file, no SQL, no clock.
+
+Rules
+1. What is known keeps its ULID. A name that is new comes in with the ULID that it has there.
+2. Nothing is deleted: a name that is missing is written again. One name gone and one new with its ULID is a rename.
+3. Refused: a rename of a name that a new program holds, a second ULID for a name or name for a ULID, another type.
+4. Metadata: the keys that the old program changed are changed here too. Where the registry may know better than the
+   file did (`fresh`), only keys that it does not have come in.
+5. The lock of an old program is its own word, taken as it is; whether it still counts is a matter of the clock, and not
+   decided here. Our claims are no locks of old programs.
+6. A file that is not whole says nothing by what it lacks.
+What is refused is written again as it was, and told.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from madsci_registry import registry_json
+from madsci_registry.registry_json import entry_fault, is_claim
+from madsci_registry.types import OldLock
+from madsci_registryd.clock import instant
+
+Entry = dict[str, Any]
+
+
+@dataclass
+class Difference:
+    """How a file differs from what we know it to hold; plain values, since a child process may have found it."""
+
+    whole: bool
+    """False: it was torn; what could be read of it is here."""
+    faults: list[str] = field(default_factory=list)
+    """What could not be read, each with its place."""
+    added: dict[str, Entry] = field(default_factory=dict)
+    removed: dict[str, Entry] = field(default_factory=dict)
+    changed: dict[str, tuple[Entry, Entry]] = field(default_factory=dict)
+    """As we know it, as it is there."""
+    owners: dict[str, str] = field(default_factory=dict)
+    """Ids of what was added to the names by which we know them."""
+
+
+def difference(known: bytes, found: bytes) -> Difference:
+    """Compare the file as we know it (valid, ours) with the bytes that are there."""
+    document = registry_json.parse(found)
+    base: dict[str, Entry] = json.loads(known)["entries"]
+    unread = {fault.name for fault in document.faults}
+    diff = Difference(document.whole, [str(fault) for fault in document.faults])
+    for name, entry in document.entries.items():
+        if name not in base:
+            diff.added[name] = entry
+        elif entry != base[name]:
+            diff.changed[name] = base[name], entry
+    if document.whole:
+        diff.removed = {name: base[name] for name in base.keys() - document.entries.keys() - unread}
+    if diff.added:
+        by_id = {entry["id"]: name for name, entry in base.items()}
+        ids = (entry.get("id") for entry in diff.added.values())
+        diff.owners = {id: by_id[id] for id in ids if isinstance(id, str) and id in by_id}
+    return diff
+
+
+class Refusal(NamedTuple):
+    """Something that an old program wrote and that is not taken in."""
+
+    what: str
+    """deletion, rename, id, component_type, entry, lock or file."""
+    name: str
+    detail: str
+    writer: OldLock | None = None
+    """Who wrote it, as far as its lock in the file tells."""
+
+
+class Update(NamedTuple):
+    """What an old program changed of a name that we know."""
+
+    set: dict[str, Any]
+    unset: list[str]
+    last_seen: str | None
+    workcell_id: str | None
+
+
+@dataclass
+class Merge:
+    """What is taken in, and what is refused."""
+
+    adopted: dict[str, Entry] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Old names to new ones."""
+    updated: dict[str, Update] = field(default_factory=dict)
+    locks: dict[str, OldLock | None] = field(default_factory=dict)
+    """Names whose lock in the file changed, and to what."""
+    claims: set[str] = field(default_factory=set)
+    """Names that have our claim there."""
+    refused: list[Refusal] = field(default_factory=list)
+
+
+def merge(diff: Difference, *, claimed: Collection[str], fresh: Collection[str] = ()) -> Merge:
+    """Judge what others wrote. `claimed`: names that new programs may hold; `fresh`: names or ids of which the registry
+    knows more than the file did."""
+    out = Merge()
+    gone = dict(diff.removed)
+    for name, entry in diff.added.items():
+        _merge_new(out, name, entry, diff.owners, gone, claimed, fresh)
+    for name, entry in gone.items():
+        if name not in fresh and entry["id"] not in fresh:
+            out.refused.append(Refusal("deletion", name, f"{entry['id']} stays", old_lock(entry.get("lock"))))
+    for name, (known, entry) in diff.changed.items():
+        _merge_known(out, name, known, entry, claimed, fresh, torn=not diff.whole)
+    return out
+
+
+def _merge_new(
+    out: Merge,
+    name: str,
+    entry: Any,
+    owners: Mapping[str, str],
+    gone: dict[str, Entry],
+    claimed: Collection[str],
+    fresh: Collection[str],
+) -> None:
+    fault = entry_fault(name, entry)
+    if fault:
+        out.refused.append(Refusal("entry", name, fault))
+        return
+    id, lock = entry["id"], entry.get("lock")
+    owner = owners.get(id)
+    if owner is None:
+        if any(other["id"] == id for other in out.adopted.values()):
+            out.refused.append(Refusal("id", name, f"{id} has two names there", old_lock(lock)))
+            return
+        out.adopted[name] = entry
+    elif owner in gone and owner not in claimed and not {owner, id} & set(fresh):
+        del gone[owner]
+        out.renamed[owner] = name
+    elif is_claim(lock) or id in fresh:
+        return  # what an unfinished rename of ours left
+    elif owner in gone:
+        del gone[owner]
+        out.refused.append(Refusal("rename", name, f"{owner!r} is held by a new program", old_lock(lock)))
+        return
+    else:
+        out.refused.append(Refusal("id", name, f"{id} is {owner!r}", old_lock(lock)))
+        return
+    _take_lock(out, name, lock)
+
+
+def _merge_known(
+    out: Merge, name: str, known: Entry, entry: Any, claimed: Collection[str], fresh: Collection[str], *, torn: bool
+) -> None:
+    fault = entry_fault(name, entry)
+    if fault:
+        out.refused.append(Refusal("entry", name, fault))
+        return
+    lock = entry.get("lock")
+    writer = old_lock(lock)
+    if entry["id"] != known["id"]:
+        out.refused.append(Refusal("id", name, f"is {known['id']}, not {entry['id']}", writer))
+    elif entry["component_type"] != known["component_type"]:
+        what = f"is a {known['component_type']}, not a {entry['component_type']}"
+        out.refused.append(Refusal("component_type", name, what, writer))
+    else:
+        update = _update(known, entry, is_fresh=name in fresh or known["id"] in fresh)
+        if any(update):
+            out.updated[name] = update
+    if lock == known.get("lock") or (torn and writer is None):
+        return
+    if writer is not None and writer == old_lock(known.get("lock")):
+        return  # the same in other words
+    if name in claimed and writer is not None:
+        out.refused.append(Refusal("lock", name, "a new program has it", writer))
+    else:
+        _take_lock(out, name, lock)
+
+
+def _take_lock(out: Merge, name: str, lock: Any) -> None:
+    if is_claim(lock):
+        out.claims.add(name)
+    else:
+        out.locks[name] = old_lock(lock)
+
+
+def _update(known: Entry, entry: Entry, *, is_fresh: bool) -> Update:
+    old, new = known["metadata"], entry.get("metadata") or {}
+    changed = {k: v for k, v in new.items() if k not in old or (old[k] != v and not is_fresh)}
+    dropped = [] if is_fresh else [k for k in old if k not in new]
+    seen = instant(entry.get("last_seen"))
+    workcell = entry.get("workcell_id")
+    return Update(
+        changed,
+        dropped,
+        seen if seen is not None and seen > known["last_seen"] else None,
+        workcell if workcell is not None and workcell != known.get("workcell_id") else None,
+    )
+
+
+def old_lock(lock: Any) -> OldLock | None:
+    """Read the lock of an old program; None: there is none, it is a claim of ours, or it is no lock."""
+    if not isinstance(lock, dict) or is_claim(lock):
+        return None
+    pid, host, instance = lock.get("holder_pid"), lock.get("holder_host"), lock.get("holder_instance")
+    times = [instant(lock.get(key)) for key in ("acquired_at", "heartbeat_at", "expires_at")]
+    if not isinstance(pid, int) or isinstance(pid, bool) or not -(1 << 63) <= pid < 1 << 63:
+        return None
+    if not isinstance(host, str) or not isinstance(instance, str) or times[2] is None:
+        return None
+    acquired_at, heartbeat_at, expires_at = times[0] or times[2], times[1] or times[2], times[2]
+    return OldLock(
+        holder_pid=pid,
+        holder_host=host[:255],
+        holder_instance=instance[:255],
+        acquired_at=acquired_at,
+        heartbeat_at=heartbeat_at,
+        expires_at=expires_at,
+    )
+
+
+def main() -> None:
+    """Be the child process that compares large files: two texts in, each behind its length, the difference out."""
+    known, found = (sys.stdin.buffer.read(int(sys.stdin.buffer.read(12))) for _ in range(2))
+    diff = difference(known, found)
+    sys.stdout.buffer.write(json.dumps(vars(diff)).encode())
