@@ -86,6 +86,8 @@ class Bridge(Publication):
         """Ids to the names that the file is to have them under."""
         self._dirty: dict[str, None] = {}
         """Ids whose text is to be made anew."""
+        self._moved: set[str] = set()
+        """Ids whose lock or last_seen changed."""
         self._put: dict[str, Identity | None] = {}
         self._due = math.inf
         self._contested: set[str] = set()
@@ -122,6 +124,7 @@ class Bridge(Publication):
     def close(self) -> None:
         """Write what is not written yet, and let old programs have what is free. No pass may be under way."""
         self._notice()
+        self._look_who_is_free()
         self._build(len(self._dirty))
         free = {name for name in self.claimed if self._is_free(name)}
         result = self._export.run(Job(put=self._put, drop=free))
@@ -183,9 +186,8 @@ class Bridge(Publication):
         touched, seen = self._store.touched, self._store.seen
         if not touched and not seen:
             return
-        now = self._clock.monotonic()
-        self._be_due(now + (SOON_S if touched else SEEN_S))
-        for id in touched | seen:
+        self._be_due(self._clock.monotonic() + (SOON_S if touched else SEEN_S))
+        for id in touched:
             self._dirty[id] = None
             row = self._store.by_id(id)
             if row is None:
@@ -197,12 +199,7 @@ class Bridge(Publication):
                 self._names[id] = row.name
                 if before is not None:
                     self.repair(before)
-            if row.name not in self.claimed:
-                continue
-            if row.lock is None:
-                self._free_since.setdefault(row.name, now)
-            else:
-                self._free_since.pop(row.name, None)
+        self._moved |= seen
         touched.clear()
         seen.clear()
 
@@ -213,6 +210,8 @@ class Bridge(Publication):
 
     def _build(self, count: int) -> None:
         """Make the texts of at most `count` components that changed."""
+        if self._moved:
+            self._look_who_is_free()
         while self._dirty and count > 0:
             id, _ = self._dirty.popitem()
             row = self._store.by_id(id)
@@ -249,7 +248,22 @@ class Bridge(Publication):
         row = self._store.by_name(name)
         return (row is None or row.lock is None) and not self._service.queues.count(name)
 
+    def _look_who_is_free(self) -> None:
+        """Look once at what may have changed hands many times: that is no part of a hand-over."""
+        now = self._clock.monotonic()
+        for id in self._moved:
+            self._dirty[id] = None
+            row = self._store.by_id(id)
+            if row is None or row.name not in self.claimed:
+                continue
+            if row.lock is None:
+                self._free_since[row.name] = now
+            else:
+                self._free_since.pop(row.name, None)
+        self._moved.clear()
+
     def _drop_free(self) -> None:
+        self._look_who_is_free()
         now = self._clock.monotonic()
         for name, since in list(self._free_since.items()):
             if now - since < FREE_S:

@@ -58,6 +58,7 @@ def test_name_goes_to_and_fro_without_a_pause(pair: FiledPair) -> None:
     with pytest.raises(OldHeldError):
         old.resolve("arm")
     new.release("arm", grant["fencing_token"])
+    pair.wait(1.0)
     pair.wait(FREE_S - 1)
     with pytest.raises(OldHeldError):
         old.resolve("arm")
