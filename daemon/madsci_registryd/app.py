@@ -69,7 +69,7 @@ class App:
         """Get ready to serve. Raises: StartFault; nothing that existed was overwritten."""
         self._limits()
         self._folders()
-        self.instance = InstanceLock(self.places.lock)
+        self.instance = InstanceLock(self.places.lock, self.places.lock_beside)
         notes = self.instance.notes()
         self.db = database.open_database(self.places.database)
         self._database_identity = _identity_of(self.places.database)

@@ -1,4 +1,7 @@
-"""Exactly one daemon a database: an flock on NAME.db.lock, taken before anything else and held until the end.
+"""Exactly one daemon a registry: an flock on NAME.db.lock, taken before anything else and held until the end.
+
+A daemon that keeps its database elsewhere takes the one beside registry.json as well, where that can be had: two of
+them would take each other's claims in that file for their own.
 
 The file also carries notes for whoever comes next: who serves, and that an I/O error ended the last daemon. The page
 cache is enough for those: they matter within one boot.
@@ -8,19 +11,24 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from madsci_registryd.faults import AlreadyServed, os_fault
+from madsci_registryd.faults import AlreadyServed, StartFault, os_fault
+
+log = logging.getLogger(__name__)
 
 
 class InstanceLock:
     """The lock, from `InstanceLock(path)` to `close()` or the end of the process."""
 
-    def __init__(self, path: Path) -> None:
-        """Take it. Raises: AlreadyServed where another process has it; StartFault where the file cannot be made."""
+    def __init__(self, path: Path, beside: Path | None = None) -> None:
+        """Take it, and the one at `beside`. Raises: AlreadyServed where another process has one of them; StartFault
+        where the file of the first cannot be made."""
+        self._beside: InstanceLock | None = None
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
@@ -31,6 +39,18 @@ class InstanceLock:
             served = self.notes().get("pid")
             os.close(self._fd)
             raise AlreadyServed(f"pid {served or '?'} serves this registry already", path=str(path)) from None
+        if beside is not None:
+            self._take_beside(beside)
+
+    def _take_beside(self, path: Path) -> None:
+        """A folder that cannot hold a database may not hold a lock either (read-only, a network file system)."""
+        try:
+            self._beside = InstanceLock(path)
+        except AlreadyServed:
+            os.close(self._fd)
+            raise
+        except (StartFault, OSError) as error:
+            log.warning("whether another daemon serves this registry from elsewhere cannot be told: %s", error)
 
     def notes(self) -> dict[str, Any]:
         """Return what the last holder noted; nothing where that is unreadable."""
@@ -46,6 +66,10 @@ class InstanceLock:
             text = json.dumps(notes).encode()
             os.pwrite(self._fd, text, 0)
             os.ftruncate(self._fd, len(text))
+        if self._beside is not None:
+            self._beside.note(pid=notes.get("pid"))
 
     def close(self) -> None:
+        if self._beside is not None:
+            self._beside.close()
         os.close(self._fd)

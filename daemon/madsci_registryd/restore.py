@@ -36,7 +36,7 @@ def verify_database(settings: Settings) -> list[str]:
     places = Places(settings)
     if not places.database.exists():
         raise CannotCreate(f"there is no database {places.database}", path=str(places.database))
-    lock = InstanceLock(places.lock)
+    lock = InstanceLock(places.lock, places.lock_beside)
     try:
         db = database.open_database(places.database)
         try:
@@ -60,7 +60,7 @@ def restore_backup(settings: Settings, file: Path) -> list[str]:
         places.state.mkdir(mode=0o755, exist_ok=True)
     except OSError as error:
         raise os_fault(error, str(places.state)) from error
-    lock = InstanceLock(places.lock)
+    lock = InstanceLock(places.lock, places.lock_beside)
     staged = places.database.with_name(f"{places.database.name}.restore")
     try:
         _stage(file, staged)

@@ -31,7 +31,7 @@ def clear_claims(settings: Settings) -> list[str]:
         places.state.mkdir(mode=0o755, exist_ok=True)
     except OSError as error:
         raise os_fault(error, str(places.state)) from error
-    lock = InstanceLock(places.lock)
+    lock = InstanceLock(places.lock, places.lock_beside)
     try:
         file = RegistryFile(places.registry)
         try:

@@ -86,6 +86,8 @@ class Places:
         self.state = state
         self.database = state / f"{name}.db"
         self.lock = state / f"{name}.db.lock"
+        self.lock_beside = folder / f"{name}.db.lock" if state != folder else None
+        """The lock that a daemon without a state folder would take."""
         default = (SYSTEM_SOCKETS if self.registry == SYSTEM_REGISTRY else state / "run") / f"{name}.sock"
         self.socket = settings.socket.absolute() if settings.socket else default
         self.lifeline = self.socket.with_suffix(".life")

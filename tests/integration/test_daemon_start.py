@@ -451,3 +451,25 @@ def test_verify_finds_a_damaged_page(database: Path, registry_path: Path) -> Non
     damaged_behind_its_header(database)
     ended = run(registry_path, "verify")
     assert ended.returncode == 65, (ended.stdout, ended.stderr)
+
+
+@pytest.mark.parametrize(("first", "second"), [("x", "y"), (None, "x"), ("x", None)])
+def test_second_daemon_with_another_state_folder_is_refused(
+    registry_path: Path, first: str | None, second: str | None
+) -> None:
+    """Two daemons never serve one registry.json, also where one or both keep their databases elsewhere."""
+    with kept_in(registry_path, first) as serving:
+        refused = kept_in(registry_path, second)
+        refused.spawn()
+        assert refused.wait() == 69
+        assert f"pid {serving.pid} serves this registry already" in refused.log
+
+
+def kept_in(registry_path: Path, folder: str | None) -> DaemonProcess:
+    """Return a daemon, not started yet, that keeps its database and sockets in that folder beside the registry."""
+    if folder is None:
+        return DaemonProcess(registry_path)
+    state = registry_path.with_name(folder)
+    daemon = DaemonProcess(registry_path, "--state-dir", str(state))
+    daemon.socket, daemon.lifeline = state / "run" / "registry.sock", state / "run" / "registry.life"
+    return daemon
