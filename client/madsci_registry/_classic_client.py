@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from madsci_registry import _session
 from madsci_registry._arguments import seconds, text
 from madsci_registry._ask import Start
+from madsci_registry._process import this_process
 from madsci_registry.client import RegistryClient
 from madsci_registry.errors import ConflictError, UnavailableError, WrongTypeError
 from madsci_registry.registration import Registration
@@ -97,7 +98,7 @@ def _leave(client: ClassicClient) -> None:
     try:
         _clients.pop(id(client), None)
         session = client._session
-        if client._closed or session is None or session.closed or session.pid != os.getpid():
+        if client._closed or session is None or session.closed or session.process != this_process():
             return
         others = [c for c in list(_clients.values()) if c._session is session and c.instance == client.instance]
         if not others and not session.ledger.held(client.instance):

@@ -172,7 +172,11 @@ def _path(value: str | os.PathLike[str], field: str, env: Mapping[str, str], cwd
 
 
 def _registry_file(path: Path, field: str) -> Path:
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except PermissionError:  # before Python 3.12; then, and for what is in that folder, the first use says it
+        is_folder = False
+    if is_folder:
         reason = f"is a folder; a registry is named by its JSON file, such as {path / DEFAULT_FILE}"
         raise InvalidError(f"{field}: {path} {reason}", field=field, reason=reason)
     return path

@@ -234,6 +234,8 @@ def connect(
         except BaseException:
             stream.close()
             raise
+    except (KeyError, TypeError):  # a welcome that lacks something
+        raise UnavailableError("what listens there speaks another language: its welcome is none") from None
     except TimeoutError:
         raise RegistryTimeoutError(f"the daemon at {lifeline} does not answer") from None
     except PermissionError:
@@ -250,11 +252,12 @@ def _welcome(stream: _Stream, deadline: float) -> dict[str, Any]:
         raise UnavailableError(f"what listens there speaks another language: {error}") from None
     if answer is None:
         raise ConnectionResetError("the daemon went away")
-    if answer.get("op") == "refused":
-        raise from_wire(answer["error"])
-    if answer.get("op") != "welcome":
-        raise UnavailableError(f"the daemon said {answer.get('op')!r} where welcome was due")
-    return answer
+    match answer:
+        case {"op": "refused", "error": dict(refusal)}:
+            raise from_wire(refusal)
+        case {"op": "welcome", "session": str(), "epoch": int()}:
+            return answer
+    raise UnavailableError("what listens there speaks another language: it did not say welcome")
 
 
 def _key_and_token(lock: dict[str, Any]) -> tuple[Key, int]:

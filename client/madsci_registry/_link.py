@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from typing import Any
@@ -21,6 +20,7 @@ from madsci_registry._ask import Start
 from madsci_registry._endpoint import Endpoint
 from madsci_registry._ledger import Key, Ledger
 from madsci_registry._lifeline import Absent, Connection, connect
+from madsci_registry._process import this_process
 from madsci_registry._threads import start_thread
 from madsci_registry.errors import RegistryError, RegistryTimeoutError, SessionRequiredError, UnavailableError
 
@@ -44,7 +44,7 @@ class Link:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self.pid = os.getpid()
+        self.process = this_process()
         self.ledger = Ledger()
         self.users: dict[str, bool] = {}
         """The clients that are open, by instance, and whether each allows to start a daemon."""

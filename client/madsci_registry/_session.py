@@ -20,6 +20,7 @@ from madsci_registry._endpoint import Endpoint
 from madsci_registry._ledger import Call, Grant, Key
 from madsci_registry._lifeline import Connection
 from madsci_registry._link import FIRST_PAUSE_S, LONGEST_PAUSE_S, Link
+from madsci_registry._process import this_process
 from madsci_registry._transport import NoAnswer
 from madsci_registry.errors import (
     BusyError,
@@ -197,7 +198,7 @@ class Session(Link):
         Takes at most `within_s` (at most 0.5) seconds and never connects: where the connection is down, or no answer
         comes, the daemon hears of it over the lifeline, at the latest when that is back.
         """
-        if self.pid != os.getpid() or not self.ledger.give_back(grant):
+        if self.process != this_process() or not self.ledger.give_back(grant):
             return False
         key, token = grant.place
         if self._release(key, token, time.monotonic() + min(within_s, FINAL_S)):

@@ -6,6 +6,7 @@ The forms are those of cgroup v1 and v2 as docker, podman, containerd, CRI-O, LX
 from __future__ import annotations
 
 import re
+import shlex
 from typing import NamedTuple
 
 _ENGINES = {"docker": "docker", "libpod": "podman", "cri-containerd": "crictl", "crio": "crictl"}
@@ -22,7 +23,7 @@ class Place(NamedTuple):
     container: str | None = None
     """The container's id or name."""
     stop_command: str | None = None
-    """The command that stops the container or service; None for a scope, which may hold much else."""
+    """The command that stops the container, or all of the service; None for a scope, which may hold much else."""
 
 
 def place_of(cgroup: str) -> Place:
@@ -36,7 +37,7 @@ def place_of(cgroup: str) -> Place:
     if unit is None or not unit.endswith(".service"):
         return Place(unit)
     is_users = any(part.startswith("user@") and part != unit for path in _paths(cgroup) for part in path)
-    return Place(unit, None, f"systemctl {'--user ' if is_users else ''}stop {unit}")
+    return Place(unit, None, f"systemctl {'--user ' if is_users else ''}stop {shlex.quote(unit)}")
 
 
 def innermost_unit(cgroup: str) -> str | None:

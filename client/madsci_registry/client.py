@@ -16,6 +16,7 @@ from madsci_registry._arguments import Item, item, seconds, text
 from madsci_registry._ask import Ask, Start
 from madsci_registry._endpoint import Endpoint, choose_here
 from madsci_registry._ledger import Call, Grant, Key
+from madsci_registry._process import this_process
 from madsci_registry._session import Session
 from madsci_registry.errors import RegistryError, SessionRequiredError, UnsupportedError, from_wire
 from madsci_registry.names import check_metadata
@@ -91,7 +92,7 @@ class RegistryClient:
             return
         self._closed = True
         session = self._session
-        if session is not None and session.pid == os.getpid():
+        if session is not None and session.process == this_process():
             self._release_all(session)
             _session.detach(session, self.instance)
 
@@ -237,7 +238,7 @@ class RegistryClient:
     def release_all(self) -> list[str]:
         """Give back all that this client holds and return the names; as `release`, 0.5 s in all."""
         session = self._session
-        return self._release_all(session) if session is not None and session.pid == os.getpid() else []
+        return self._release_all(session) if session is not None and session.process == this_process() else []
 
     def _release_all(self, session: Session) -> list[str]:
         until = time.monotonic() + min(self.timeout, _session.FINAL_S)
@@ -447,7 +448,7 @@ class RegistryClient:
         if self._closed:
             raise _closed()
         session = self._session
-        if session is None or session.pid != os.getpid() or session.closed:
+        if session is None or session.process != this_process() or session.closed:
             session = self._session = _session.attach(self.endpoint, self.instance, self._autostart)
         return session
 

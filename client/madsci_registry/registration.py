@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from madsci_registry._process import this_process
 from madsci_registry.errors import LockLostError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Registration:
         daemon could prove that, else for 10 s. lost and released are for ever. What the daemon has said counts even
         if nobody has read it yet, as after a SIGSTOP; otherwise asks nobody.
         """
-        if self._grant is None or self._session.pid != os.getpid():
+        if self._grant is None or self._session.process != this_process():
             return None
         return self._grant.state(is_connected=self._session.look())
 
@@ -94,7 +94,7 @@ class Registration:
         grant = self._grant
         if grant is None:
             raise self._lost("no lock was asked for")
-        if self._session.pid != os.getpid():
+        if self._session.process != this_process():
             raise self._lost("it belongs to the parent of this process")
         self._session.look(resume=True)
         if not grant.held:
@@ -109,7 +109,7 @@ class Registration:
 
         A release is no loss. All callbacks run one after the other in one thread of their own.
         """
-        if self._grant is not None and self._session.pid == os.getpid():
+        if self._grant is not None and self._session.process == this_process():
             self._grant.on_lost(callback, self)
 
     def on_state(self, callback: Callable[[Registration, LockState], None]) -> None:
@@ -118,7 +118,7 @@ class Registration:
         In the order in which the changes happened, in the thread of all callbacks; nothing comes after lost or
         released. Which state it is says the argument: `registration.state` may have changed again.
         """
-        if self._grant is not None and self._session.pid == os.getpid():
+        if self._grant is not None and self._session.process == this_process():
             self._grant.on_state(callback, self)
 
     def release(self) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from madsci_registry.cgroups import place_of
+from madsci_registry.cgroups import Place, place_of
 from madsci_registry.types import Process
 from madsci_registryd.clock import iso
 from madsci_registryd.holders import Peer, is_dead, number_in_proc
@@ -39,9 +39,27 @@ def process_of(peer: Peer) -> Process:
         process_started_at=_started_at(peer.identity.start_time),
         container=place.container,
         unit=place.unit,
-        end_command=place.stop_command or (None if place.container else _kill(peer.pid)),
+        end_command=_end_command(place, folder, peer.pid),
     )
     return bare if is_dead(peer.pidfd) else facts  # dead by now: another process may have had its number
+
+
+def _end_command(place: Place, folder: Path, pid: int | None) -> str | None:
+    """Say how to end a process and nothing else: its container; its service, where it is what systemd started; or it.
+
+    A process that a service has started (cron, sshd, a node manager) is not all of that service.
+    """
+    if place.container:
+        return place.stop_command
+    parent = _fields_of(folder / "status").get("PPid")
+    if place.stop_command and parent and _line(Path(f"/proc/{parent}/comm"), _COMM_MAX) == "systemd":
+        return place.stop_command
+    return _kill(pid)
+
+
+def _fields_of(status: Path) -> dict[str, str]:
+    lines = (line.split(":", 1) for line in (_text(status) or "").splitlines())
+    return {line[0]: line[1].strip() for line in lines if len(line) == 2}
 
 
 def _kill(pid: int | None) -> str | None:

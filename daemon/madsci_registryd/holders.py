@@ -118,6 +118,8 @@ def is_same(one: Identity, other: Identity) -> bool | None:
         return one.pidfd_inode == other.pidfd_inode
     if one.pid_namespace == other.pid_namespace and None not in (one.pid, other.pid, one.start_time, other.start_time):
         return (one.pid, one.start_time) == (other.pid, other.start_time)
+    if one.pid_namespace == other.pid_namespace and None not in (one.pid, other.pid) and one.pid != other.pid:
+        return False
     return None
 
 

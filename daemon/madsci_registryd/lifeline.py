@@ -79,9 +79,9 @@ class Lifeline:
             try:
                 while self._out:
                     del self._out[: self.sock.send(self._out)]
-            except BrokenPipeError:
-                self._out.clear()
-            except ConnectionResetError:
+            except BlockingIOError:
+                raise
+            except OSError:  # whatever the kernel says of one peer's connection, the daemon serves the others
                 self._out.clear()
         self._loop.change(self.sock.fileno(), READ | WRITE if self._out else READ)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from helpers import PATIENCE_S, DaemonProcess, Worker, daemons_under, until
-from madsci_registry import HeldError, RegistryClient, UnavailableError
+from madsci_registry import HeldError, RegistryClient, RegistryError, UnavailableError
 
 
 def test_read_without_a_registry_is_unavailable_and_makes_nothing(registry_path: Path) -> None:
@@ -181,3 +182,36 @@ def test_registry_with_a_long_path_is_reached(registry_path: Path) -> None:
         os.kill(client.status()["pid"], 9)
         assert client.lookup("a") == mine.id
         assert mine.held
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"op":"welcome"}',
+        b'{"op":"welcome","session":"s","epoch":1}',
+        b'{"op":"welcome","session":"s","epoch":1,"token":"t","held":[1]}',
+        b'{"op":"refused"}',
+        b'{"op":"refused","error":{}}',
+        b"[]",
+        b"HTTP/1.1 400 Bad Request",
+    ],
+)
+def test_stranger_at_the_lifeline_is_an_error_with_a_name(registry_path: Path, line: bytes) -> None:
+    """Whatever else listens in the daemon's place and says is a RegistryError, not a fault of this library."""
+    run = registry_path.parent / "run"
+    run.mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(run / "registry.life"))
+        listener.listen()
+
+        def answer() -> None:
+            with listener.accept()[0] as peer:
+                peer.recv(4096)
+                peer.sendall(line + b"\n")
+                peer.recv(4096)
+
+        stranger = threading.Thread(target=answer)
+        stranger.start()
+        with RegistryClient(registry_path, timeout=5, autostart=False) as client, pytest.raises(RegistryError):
+            client.status()
+        stranger.join(PATIENCE_S)

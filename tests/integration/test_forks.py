@@ -17,6 +17,7 @@ import pytest
 from helpers import PATIENCE_S, DaemonProcess, environment, until
 from madsci_registry import RegistryClient
 from madsci_registry.protocol import RESUME_S
+from namespaces import need_namespaces
 
 # What a child does with what it got from its parent: nothing of it holds, frees or keeps anything of the parent's.
 PROGRAM = '''
@@ -274,3 +275,42 @@ def test_parent_that_is_killed_frees_its_name_while_its_child_lives(
             assert client.resolve("arm", "node", wait=PATIENCE_S).held
             assert time.monotonic() - killed_at < RESUME_S / 2
             assert not select.select([child], [], [], 0)[0], "the child should have lived"
+
+
+# A child of pid 1 that is pid 1 itself, in a namespace of its own, as container runtimes make them.
+NAMESAKE = """
+import ctypes, os, sys
+from madsci_registry import HeldError, RegistryClient
+client = RegistryClient(sys.argv[1], autostart=False)
+mine = client.resolve("a", "node")
+assert os.getpid() == 1
+if ctypes.CDLL(None, use_errno=True).unshare(0x20000000):  # CLONE_NEWPID: from the next child on
+    sys.exit("unshare: " + os.strerror(ctypes.get_errno()))
+child = os.fork()
+if child == 0:
+    status = 1
+    try:
+        assert os.getpid() == 1
+        assert (mine.state, mine.held, mine.release()) == (None, False, False)
+        try:
+            client.resolve("a", "node")
+        except HeldError:
+            status = 0
+    finally:
+        os._exit(status)
+assert os.waitpid(child, 0)[1] == 0
+assert client.lookup("a") == mine.id and mine.held
+mine.ensure()
+print("both were right")
+"""
+
+
+def test_child_with_its_parents_pid_is_a_holder_of_its_own(daemon: DaemonProcess) -> None:
+    """A child forked into a new PID namespace, where it has its parent's number, does not take itself for it."""
+    need_namespaces()
+    unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    program = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", NAMESAKE, str(daemon.registry)]
+    done = subprocess.run(
+        [*unshare, *program], env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "both were right\n"), done.stderr

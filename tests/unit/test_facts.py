@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import shutil
 import socket
 import struct
 import subprocess
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from helpers import until
+from madsci_registry.cgroups import Place
 from madsci_registry.types import Holder, Proof
 from madsci_registryd import facts, holders
 from madsci_registryd.clock import iso
@@ -48,6 +51,22 @@ def test_process_of_a_living_peer_tells_what_the_kernel_knows(own_peer: holders.
     if process.container is None and not (process.unit or "").endswith(".service"):
         is_host = str(Path("/proc/self/ns/pid").readlink()) == "pid:[4026531836]"
         assert process.end_command == (f"kill {os.getpid()}" if is_host else None)
+
+
+def test_service_is_named_only_for_what_systemd_started(tmp_path: Path) -> None:
+    """The command that ends a holder stops its service where systemd is its parent, and else the holder alone."""
+    place = Place("ssh.service", None, "systemctl stop ssh.service")
+    status = tmp_path / "status"
+    status.write_text(f"Name:\tx\nPPid:\t{os.getpid()}\n")
+    assert facts._end_command(place, tmp_path, 4711) in ("kill 4711", None)
+    namesake = tmp_path / "systemd"
+    shutil.copy(shutil.which("sleep") or "", namesake)
+    with subprocess.Popen([str(namesake), "60"]) as systemd:
+        try:
+            status.write_text(f"PPid:\t{systemd.pid}\n")
+            until(lambda: facts._end_command(place, tmp_path, 4711) == "systemctl stop ssh.service")
+        finally:
+            systemd.kill()
 
 
 def test_label_of_an_invisible_process_says_so() -> None:
