@@ -284,7 +284,8 @@ def test_unknown_version_without_the_values_has_ours(madsci: Path, values: str |
 def test_other_platform_keeps_madscis_own_with_one_warning(madsci: Path, platform: str, start: str) -> None:
     """On Windows and macOS MADSci's own registry stays, with one warning by logging and nothing on stdout."""
     program = (
-        f"import logging, sys; sys.platform = {platform!r}\n{start}\n"
+        # What Python itself has for that platform is not here: it is imported before.
+        f"import importlib.abc, logging, sys; sys.platform = {platform!r}\n{start}\n"
         f"import {OWN}.local_registry, {OWN}.lock_manager as m; sys.platform = 'linux'\n"
         f"assert m.LockManager.__module__ == '{OWN}.lock_manager'"
     )
