@@ -71,6 +71,7 @@ class Bridge(Publication):
         self._registrar = core.registrar
         self._export = export
         self._send = send
+        self._is_serving = False
         self._is_running = False
         self._retry_at = 0.0
         self._asked: list[Asked] = []
@@ -119,6 +120,7 @@ class Bridge(Publication):
             self._intake.watch(name, self._export.until[name])
         self.done(self._export.run(self._job()), was_asked=True)
         self._registrar.commit()
+        self._is_serving = True
         self._timers.every(1.0, self._drop_free)
 
     def close(self) -> None:
@@ -285,7 +287,7 @@ class Bridge(Publication):
             self._is_running = False
             asked, self._in_flight = self._in_flight, []
         if result.merge is not None:
-            self._intake.merge(result.merge, result.until)
+            self._intake.merge(result.merge, result.until, at_once=not self._is_serving)
             for name in result.merge.claims - self.claimed:
                 self._claim(name)
         for name, outcome in result.outcomes.items():

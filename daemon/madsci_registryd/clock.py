@@ -61,9 +61,12 @@ class Timers:
         self.after(period_s, again)
 
     def run_due(self) -> None:
-        """Run what is due."""
-        while self._heap and self._heap[0][0] <= self._clock.monotonic():
-            heapq.heappop(self._heap)[2]()
+        """Run what is due now; what that asks for without delay comes in the next turn."""
+        now, due = self._clock.monotonic(), []
+        while self._heap and self._heap[0][0] <= now:
+            due.append(heapq.heappop(self._heap)[2])
+        for callback in due:
+            callback()
 
     def next_s(self) -> float | None:
         """Return the seconds until the next is due, None where there is none."""

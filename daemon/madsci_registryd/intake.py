@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 WRITERS_KEPT = 20
 NAMES_LOGGED = 20
+ADOPTED_A_TURN = 100
+"""Taking in a name takes some 30 us; the other clients come in between."""
 
 
 class Intake:
@@ -33,29 +35,49 @@ class Intake:
         self._clock = core.clock
         self._until: dict[str, float] = {}
         """Names that old programs hold, and until when if that is not renewed."""
+        self.arriving: dict[str, Entry] = {}
+        """Names of the file that are still to be taken in, where they are many."""
         self.refused = 0
         self.writers: dict[tuple[str, int, str], str] = {}
         """Old programs by host, pid and instance, and when they were last seen to write."""
         self.repair: Callable[[str], None] = lambda name: None
         """Called with a name of which the file says what the database refused."""
 
-    def merge(self, merge: Merge, until: dict[str, float]) -> None:
-        for name, entry in merge.adopted.items():
-            self.adopt(name, entry)
+    def merge(self, merge: Merge, until: dict[str, float], *, at_once: bool) -> None:
+        """Take in what a pass found; `at_once`: all of many new names, before anybody is served."""
+        names = list(merge.adopted)
+        rest = [] if at_once else names[ADOPTED_A_TURN:]
+        late = set(rest)
+        for name in names:
+            if name not in late:
+                self.adopt(name, merge.adopted[name])
         for old, new in merge.renamed.items():
             self.take_in(new, partial(adoption.rename, old=old, new=new))
         for name, change in merge.updated.items():
             self.take_in(name, partial(adoption.update, name=name, change=change))
         for name, lock in merge.locks.items():
-            self.take_in(name, partial(adoption.lock, name=name, held=lock))
+            if name not in late:
+                self.take_in(name, partial(adoption.lock, name=name, held=lock))
             self._note_old(name, lock, until.get(name, 0.0))
+        if rest:
+            self.arriving |= {name: merge.adopted[name] for name in rest}
+            self._timers.after(0, lambda: self._take_rest(rest, merge))
         for refusal in merge.refused:
             log.warning("registry.json: refused a change of %r (%s): %s", refusal.name, refusal.what, refusal.detail)
             self.refuse(refusal)
-        if merge.adopted:
-            names = sorted(merge.adopted)
+        if names:
+            names.sort()
             more = f" and {len(names) - NAMES_LOGGED} more" if len(names) > NAMES_LOGGED else ""
             log.info("registry.json: took in %d names: %s%s", len(names), ", ".join(names[:NAMES_LOGGED]), more)
+
+    def _take_rest(self, names: list[str], merge: Merge) -> None:
+        """Take in some more of many names; what asks for one of the others meanwhile goes by its ULID in the file."""
+        for name in names[:ADOPTED_A_TURN]:
+            self.adopt(name, self.arriving.pop(name))
+            if name in merge.locks:
+                self.take_in(name, partial(adoption.lock, name=name, held=merge.locks[name]))
+        if len(names) > ADOPTED_A_TURN:
+            self._timers.after(0, lambda: self._take_rest(names[ADOPTED_A_TURN:], merge))
 
     def take_in(self, name: str | None, step: Callable[..., None]) -> None:
         """Make a change of an old program in the next batch; on a full disk again and again."""

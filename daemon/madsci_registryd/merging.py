@@ -27,6 +27,9 @@ from madsci_registryd.clock import instant
 
 Entry = dict[str, Any]
 
+METADATA_KEPT_BYTES = 256 * 1024
+"""A quarter of a frame (protocol.FRAME_MAX_BYTES); new ones may have 16 KiB."""
+
 
 @dataclass
 class Difference:
@@ -68,7 +71,7 @@ class Refusal(NamedTuple):
     """Something that an old program wrote and that is not taken in."""
 
     what: str
-    """deletion, rename, id, component_type, entry, lock or file."""
+    """deletion, rename, id, component_type, metadata, entry, lock or file."""
     name: str
     detail: str
     writer: OldLock | None = None
@@ -133,7 +136,7 @@ def _merge_new(
         if any(other["id"] == id for other in out.adopted.values()):
             out.refused.append(Refusal("id", name, f"{id} has two names there", old_lock(lock)))
             return
-        out.adopted[name] = entry
+        out.adopted[name] = _small(out, name, entry)
     elif owner in gone and owner not in claimed and not {owner, id} & set(fresh):
         del gone[owner]
         out.renamed[owner] = name
@@ -147,6 +150,15 @@ def _merge_new(
         out.refused.append(Refusal("id", name, f"{id} is {owner!r}", old_lock(lock)))
         return
     _take_lock(out, name, lock)
+
+
+def _small(out: Merge, name: str, entry: Entry) -> Entry:
+    """Leave out metadata that no answer could hold; identity and lock come in all the same."""
+    size = len(json.dumps(entry.get("metadata") or {}))
+    if size <= METADATA_KEPT_BYTES:
+        return entry
+    out.refused.append(Refusal("metadata", name, f"{size} bytes, at most {METADATA_KEPT_BYTES} are taken in"))
+    return {**entry, "metadata": {}}
 
 
 def _merge_known(

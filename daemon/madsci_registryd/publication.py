@@ -66,7 +66,10 @@ class Publication(OldPrograms):
 
     def id_for(self, name: str) -> str | None:
         minted = self.minted.get(name)
-        return minted.id if minted else None
+        if minted is not None:
+            return minted.id
+        arriving = self._intake.arriving.get(name)
+        return str(arriving["id"]) if arriving else None
 
     def for_resolve(self, who: Session, r: p.Resolve) -> list[Want]:
         if self.is_off:
@@ -114,7 +117,8 @@ class Publication(OldPrograms):
 
     def _want_new(self, name: str, component_type: str, metadata: dict[str, Any], *, lock: bool) -> Want:
         if name not in self.minted:
-            self._mint(name, Minted(str(ulid.ULID()), component_type, self._now(), metadata))
+            id = self.id_for(name) or str(ulid.ULID())
+            self._mint(name, Minted(id, component_type, self._now(), metadata))
         return Want(name, fragments.of_entry(self.minted[name].entry()), lock)
 
     def _mint(self, name: str, minted: Minted) -> None:

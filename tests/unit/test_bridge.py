@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ulid
 
 from filed import FiledPair
 from madsci_registryd.bridge import FREE_S
+from madsci_registryd.export import Job
 from madsci_registryd.publication import BUSY_S
 from old_program import TTL_S, OldHeldError
 
@@ -542,6 +544,47 @@ def test_empty_registry_of_madsci_init_is_taken_over(tmp_path: Path) -> None:
     assert pair.entry("arm")["id"] == id
     assert not [path for path in tmp_path.iterdir() if "broken" in path.name]
     pair.close()
+
+
+def test_many_names_come_in_a_few_at_a_time_and_have_their_ulids_at_once(pair: FiledPair) -> None:
+    """Of thousands of names that an old program adds, some come in with each turn, and who asks for one of the others
+    meanwhile has the ULID that it has in the file, or is refused what an old program holds."""
+    new = pair.session("n")
+    old = pair.old()
+    free = {f"n{n:04}": str(ulid.ULID()) for n in range(1000)}
+
+    def add(entries: dict[str, Any]) -> None:
+        for name, id in free.items():
+            entries[name] = {"id": id, "component_type": "node", "metadata": {}, "lock": None}
+        old._lock(entries["n0998"])
+
+    pair.edit(add)
+    pair.bridge.done(pair.export.run(Job()), was_asked=False)
+    pair.core.registrar.commit()
+    assert pair.core.store.id_of("n0000") is not None and pair.core.store.id_of("n0999") is None
+    pair.hold_passes = True
+    asked, held = new.resolve("n0999"), new.resolve("n0998")
+    pair.hold_passes = False
+    turns = 0
+    while any(pair.core.store.id_of(name) is None for name in free):
+        pair.turn()
+        turns += 1
+    assert turns > 3
+    assert asked.ok()["id"] == free["n0999"] and held.code == "held"
+    for name, id in free.items():
+        assert new.send("lookup", name=name).ok()["id"] == id
+
+
+def test_metadata_that_no_answer_could_hold_is_left_out(pair: FiledPair) -> None:
+    """An entry with a megabyte of metadata comes in without it, the history says so, and every verb goes on."""
+    new = pair.session("n")
+    id = str(ulid.ULID())
+    entry = {"id": id, "component_type": "node", "metadata": {"blob": "x" * (1 << 20)}, "lock": None}
+    pair.edit(lambda entries: entries.update(arm=entry))
+    pair.turn()
+    assert new.get("arm")["id"] == id and new.get("arm")["metadata"] == {}
+    assert [c["name"] for c in new.send("list").ok()["components"]] == ["arm"]
+    assert "metadata" in {e["why"].get("what") for e in new.send("history", name="arm").ok()["events"]}
 
 
 def test_ids_that_are_no_ulids_are_taken_over_as_they_are(tmp_path: Path) -> None:
