@@ -35,7 +35,7 @@ class Intake:
         self._clock = core.clock
         self._until: dict[str, float] = {}
         """Names that old programs hold, and until when if that is not renewed."""
-        self.arriving: dict[str, Entry] = {}
+        self.arriving: dict[str, tuple[Entry, OldLock | None]] = {}
         """Names of the file that are still to be taken in, where they are many."""
         self.refused = 0
         self.writers: dict[tuple[str, int, str], str] = {}
@@ -56,12 +56,14 @@ class Intake:
         for name, change in merge.updated.items():
             self.take_in(name, partial(adoption.update, name=name, change=change))
         for name, lock in merge.locks.items():
-            if name not in late:
+            if name in self.arriving:
+                self.arriving[name] = self.arriving[name][0], lock
+            elif name not in late:
                 self.take_in(name, partial(adoption.lock, name=name, held=lock))
             self._note_old(name, lock, until.get(name, 0.0))
         if rest:
-            self.arriving |= {name: merge.adopted[name] for name in rest}
-            self._timers.after(0, lambda: self._take_rest(rest, merge))
+            self.arriving |= {name: (merge.adopted[name], merge.locks.get(name)) for name in rest}
+            self._timers.after(0, lambda: self._take_rest(rest))
         for refusal in merge.refused:
             log.warning("registry.json: refused a change of %r (%s): %s", refusal.name, refusal.what, refusal.detail)
             self.refuse(refusal)
@@ -70,14 +72,19 @@ class Intake:
             more = f" and {len(names) - NAMES_LOGGED} more" if len(names) > NAMES_LOGGED else ""
             log.info("registry.json: took in %d names: %s%s", len(names), ", ".join(names[:NAMES_LOGGED]), more)
 
-    def _take_rest(self, names: list[str], merge: Merge) -> None:
-        """Take in some more of many names; what asks for one of the others meanwhile goes by its ULID in the file."""
+    def _take_rest(self, names: list[str]) -> None:
         for name in names[:ADOPTED_A_TURN]:
-            self.adopt(name, self.arriving.pop(name))
-            if name in merge.locks:
-                self.take_in(name, partial(adoption.lock, name=name, held=merge.locks[name]))
+            self.hurry(name)
         if len(names) > ADOPTED_A_TURN:
-            self._timers.after(0, lambda: self._take_rest(names[ADOPTED_A_TURN:], merge))
+            self._timers.after(0, lambda: self._take_rest(names[ADOPTED_A_TURN:]))
+
+    def hurry(self, name: str) -> None:
+        """Take in one of many names with the next batch: its turn has come, or somebody asks for it."""
+        arriving = self.arriving.pop(name, None)
+        if arriving is not None:
+            entry, lock = arriving
+            self.adopt(name, entry)
+            self.take_in(name, partial(adoption.lock, name=name, held=lock))
 
     def take_in(self, name: str | None, step: Callable[..., None]) -> None:
         """Make a change of an old program in the next batch; on a full disk again and again."""

@@ -66,10 +66,7 @@ class Publication(OldPrograms):
 
     def id_for(self, name: str) -> str | None:
         minted = self.minted.get(name)
-        if minted is not None:
-            return minted.id
-        arriving = self._intake.arriving.get(name)
-        return str(arriving["id"]) if arriving else None
+        return minted.id if minted else None
 
     def for_resolve(self, who: Session, r: p.Resolve) -> list[Want]:
         if self.is_off:
@@ -79,6 +76,7 @@ class Publication(OldPrograms):
                 return []
         elif self._store.id_of(r.name) is not None:
             return []
+        self._intake.hurry(r.name)
         row = self._service.check(r)
         if row is not None:
             return [Want(r.name, fragments.of_row(row), lock=True)]
@@ -117,8 +115,7 @@ class Publication(OldPrograms):
 
     def _want_new(self, name: str, component_type: str, metadata: dict[str, Any], *, lock: bool) -> Want:
         if name not in self.minted:
-            id = self.id_for(name) or str(ulid.ULID())
-            self._mint(name, Minted(id, component_type, self._now(), metadata))
+            self._mint(name, Minted(str(ulid.ULID()), component_type, self._now(), metadata))
         return Want(name, fragments.of_entry(self.minted[name].entry()), lock)
 
     def _mint(self, name: str, minted: Minted) -> None:
