@@ -74,7 +74,7 @@ CREATE TABLE old_locks (
 ) STRICT, WITHOUT ROWID;
 
 -- Every change, written in the transaction that makes it. Identity events stay for ever, lock events (granted,
--- released, ended, broken) for 30 days or a million rows.
+-- released, ended, broken) and refused ones for 30 days or a million rows.
 CREATE TABLE events (
     revision INTEGER PRIMARY KEY,                  -- grows, never repeats, also over power loss: starts leave gaps
     at       TEXT NOT NULL,

@@ -46,7 +46,11 @@ class FiledPair(Pair):
             if self.jobs:
                 self.bridge.done(self.export.run(self.jobs.pop(0)), was_asked=True)
             elif self.export.has_changed():
-                self.bridge.done(self.export.run(Job()), was_asked=False)
+                result = self.export.run(Job())
+                self.bridge.done(result, was_asked=False)
+                if result.failed:
+                    super().turn()
+                    return  # the next look comes later
             else:
                 return
             super().turn()

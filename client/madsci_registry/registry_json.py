@@ -121,6 +121,11 @@ def entry_fault(name: str, entry: object) -> str:
 
     Limits for what is new do not bind it: the name may be longer, the metadata larger, the id no ULID.
     """
+    return identity_fault(name, entry) or detail_fault(entry)
+
+
+def identity_fault(name: str, entry: object) -> str:
+    """Say why an entry cannot be a component, '' where it can."""
     if not name or len(name.encode("utf-8", "replace")) > 4 * NAME_MAX_BYTES or "\0" in name or not _is_text(name):
         return "name is empty, too long, holds a NUL or is no text"
     if not isinstance(entry, dict):
@@ -132,6 +137,11 @@ def entry_fault(name: str, entry: object) -> str:
     for key in ("created_at", "last_seen"):
         if entry.get(key) is not None and instant(entry[key]) is None:
             return f"{key} is no instant: {_shown(entry[key])}"
+    return ""
+
+
+def detail_fault(entry: Any) -> str:
+    """Say what of an entry that can be a component cannot be kept beside its identity, '' where all can."""
     try:
         check_metadata(entry.get("metadata") or {})
     except TooLargeError:
@@ -141,6 +151,8 @@ def entry_fault(name: str, entry: object) -> str:
     workcell_id = entry.get("workcell_id")
     if workcell_id is not None and (not isinstance(workcell_id, str) or not _is_text(workcell_id)):
         return "workcell_id is no text"
+    if workcell_id is not None and len(workcell_id.encode()) > ID_MAX_BYTES:
+        return f"workcell_id has more than {ID_MAX_BYTES} bytes"
     return ""
 
 

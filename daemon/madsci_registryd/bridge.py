@@ -19,14 +19,15 @@ from __future__ import annotations
 import errno
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from madsci_registry.errors import BusyError, NoSpaceError, RegistryError, UnavailableError
+from madsci_registry.errors import BusyError, NoSpaceError, RegistryError
 from madsci_registryd import fragments
 from madsci_registryd.clock import iso
 from madsci_registryd.core import Core
-from madsci_registryd.export import Export, Job, Outcome, Result, Want
+from madsci_registryd.export import Export, Gone, Job, Outcome, Result, Want
 from madsci_registryd.fragments import Identity
 from madsci_registryd.intake import Intake
 from madsci_registryd.merging import Refusal
@@ -76,6 +77,8 @@ class Bridge(Publication):
         self._retry_at = 0.0
         self._asked: list[Asked] = []
         self._in_flight: list[Asked] = []
+        self._asked_names: Counter[str] = Counter()
+        """How many requests of `_asked` and `_in_flight` want a name in the file."""
         self._wanted: set[str] = set()
         """Names to claim for who waits for them, or holds them though they are not claimed."""
         self._free_since: dict[str, float] = {}
@@ -89,7 +92,7 @@ class Bridge(Publication):
         """Ids whose text is to be made anew."""
         self._moved: set[str] = set()
         """Ids whose lock or last_seen changed."""
-        self._put: dict[str, Identity | None] = {}
+        self._put: dict[str, Identity | Gone] = {}
         self._due = math.inf
         self._contested: set[str] = set()
         """Names that a new and an old program hold both: where the file was not kept, or an old one woke too late."""
@@ -141,7 +144,7 @@ class Bridge(Publication):
             self._wanted.add(name)
 
     def is_asked(self, name: str) -> bool:
-        return any(want.name == name for asked in (*self._asked, *self._in_flight) for want in asked.wants)
+        return self._asked_names[name] > 0
 
     def prepare(self, wants: list[Want], then: Callable[[RegistryError | None], None]) -> None:
         if not wants:
@@ -149,6 +152,7 @@ class Bridge(Publication):
             return
         asked = Asked(wants, then)
         self._asked.append(asked)
+        self._asked_names.update(want.name for want in wants)
         self._timers.after(BUSY_S, lambda: self._give_up(asked))
 
     def _give_up(self, asked: Asked) -> None:
@@ -157,14 +161,22 @@ class Bridge(Publication):
         if asked in self._in_flight and self._export.has_lock:
             self._timers.after(BUSY_S, lambda: self._give_up(asked))  # it is being done
             return
-        self._asked = [each for each in self._asked if each is not asked]
+        if asked in self._asked:
+            self._asked.remove(asked)
+            self._forget(asked)  # else the pass under way will
         asked.answer(self._refusal())
+
+    def _forget(self, asked: Asked) -> None:
+        for want in asked.wants:
+            self._asked_names[want.name] -= 1
+            if not self._asked_names[want.name]:
+                del self._asked_names[want.name]
 
     def _refusal(self) -> RegistryError:
         path = str(self._export.path)
         if self._fault is None:
             return BusyError(f"{path} is locked by an old program for longer than {BUSY_S:g} s; try again")
-        kind = NoSpaceError if _is_full(self._fault) else UnavailableError
+        kind = NoSpaceError if _is_full(self._fault) else BusyError  # "unavailable" would be no daemon at all
         return kind(f"{path} has to be written first, and cannot be: {self._fault}", path=path)
 
     # what goes into the file
@@ -200,7 +212,7 @@ class Bridge(Publication):
             if before != row.name:
                 self._names[id] = row.name
                 if before is not None:
-                    self.repair(before)
+                    self.repair(before, id)
         self._moved |= seen
         touched.clear()
         seen.clear()
@@ -221,15 +233,16 @@ class Bridge(Publication):
             if row is not None:
                 self._put[row.name] = fragments.of_row(row)
 
-    def repair(self, name: str) -> None:
-        """Let the file have of a name what the database has, also where that is nothing."""
+    def repair(self, name: str, id: str | None) -> None:
         row = self._store.by_name(name)
         if row is not None:
             self._dirty[row.id] = None
-        elif name not in self.minted:
-            self._put[name] = None
+        elif id is not None:
+            self._put[name] = Gone(id)
             self.claimed.discard(name)
             self._free_since.pop(name, None)
+        if id is not None and self._store.by_id(id) is not None:
+            self._dirty[id] = None
         self._be_due(self._clock.monotonic() + SOON_S)
 
     def _job(self) -> Job:
@@ -287,18 +300,20 @@ class Bridge(Publication):
             self._is_running = False
             asked, self._in_flight = self._in_flight, []
         if result.merge is not None:
-            self._intake.merge(result.merge, result.until, at_once=not self._is_serving)
+            # Whoever waits for this pass, or has a ULID made for the next, must find what old programs made.
+            is_waited_for = bool(asked or self._asked) or not self._is_serving
+            self._intake.merge(result.merge, result.until, at_once=is_waited_for)
             for name in result.merge.claims - self.claimed:
                 self._claim(name)
         for name, outcome in result.outcomes.items():
             self._take_outcome(name, outcome)
         for each in asked:
-            if self.is_off or all(want.name in result.outcomes for want in each.wants):
-                each.answer(None)
-            elif result.fault is not None:
-                each.answer(self._refusal())
-            elif not each.is_answered:
+            is_done = self.is_off or all(want.name in result.outcomes for want in each.wants)
+            if not is_done and result.fault is None and not each.is_answered:
                 self._asked.append(each)
+                continue
+            self._forget(each)
+            each.answer(None if is_done else self._refusal())
         if result.failed:
             self._retry_at = self._clock.monotonic() + (RETRY_S if result.fault is not None else 0.0)
             self._wanted |= self._sent if was_asked else set()
@@ -308,8 +323,11 @@ class Bridge(Publication):
         self._note_exported(result.revision)
 
     def _take_outcome(self, name: str, outcome: Outcome) -> None:
-        if name in self.minted:
+        minted = self.minted.get(name)
+        if minted is not None:
             self.shown.add(name)
+            if minted.id != outcome.id and self._store.by_id(outcome.id) is None:
+                self.minted[name] = minted._replace(id=outcome.id)  # what the file shows goes before what we had made
         if outcome.claimed:
             self._claim(name)
             return
@@ -326,6 +344,7 @@ class Bridge(Publication):
 
     def _claim(self, name: str) -> None:
         self.claimed.add(name)
+        self._drop.discard(name)
         self._contested.discard(name)
         row = self._store.by_name(name)
         if row is None or row.lock is None:

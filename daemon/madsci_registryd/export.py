@@ -53,10 +53,17 @@ class Want(NamedTuple):
     """Claim it, too."""
 
 
+class Gone(NamedTuple):
+    """A name that is no component's any more; where another ULID has it by now, it stays."""
+
+    id: str
+
+
 class Outcome(NamedTuple):
     """What the file says of a wanted name now."""
 
     id: str
+    """Which ULID it has there: not the wanted one where an old program made the name."""
     claimed: bool
     held: OldLock | None
     """It was to be claimed, and a living old program has it."""
@@ -66,8 +73,8 @@ class Outcome(NamedTuple):
 class Job:
     """What a pass shall bring into the file."""
 
-    put: dict[str, Identity | None] = field(default_factory=dict)
-    """New texts of names; None: the name is no component's any more (a rename)."""
+    put: dict[str, Identity | Gone] = field(default_factory=dict)
+    """New texts of names, and names that went (by a rename)."""
     wants: list[Want] = field(default_factory=list)
     drop: set[str] = field(default_factory=set)
     """Claims to take back."""
@@ -113,11 +120,13 @@ class Export:
         self._unwritten = False
         """We know more than the file has."""
         self._fault: str | None = None
-        self._aside: tuple[int, int, int] | None = None
-        """What was put aside last: not twice, where the disk is too full to replace it."""
+        self._broken: bytes | None = None
+        """A file that was not whole, to be put aside before it is replaced."""
+        self._made: set[str] = set()
+        """Names that the pass under way brought into the file."""
         self.has_lock = False
         """A pass holds the file lock just now; a hint, for other threads."""
-        self._to_put: dict[str, Identity | None] = {}
+        self._to_put: dict[str, Identity | Gone] = {}
         self._to_drop: set[str] = set()
         self.identities: dict[str, Identity] = {}
         self.claims: set[str] = set()
@@ -148,6 +157,7 @@ class Export:
         result = Result()
         self._to_put |= job.put
         self._to_drop |= job.drop
+        self._made.clear()
         before = set(self.claims)
         try:
             with self._open().locked(LOCK_WAIT_S):
@@ -157,22 +167,29 @@ class Export:
         except LockTimeout:
             result.busy = True
         except FileFault as fault:
-            # What was claimed in this pass is not in the file; what others wrote is known all the same.
-            self.claims = (self.claims & before) | (result.merge.claims if result.merge else set())
+            self._take_back(before, result.merge)
             result.outcomes.clear()
             result.fault = fault
             self._fault = str(fault)
             if fault.lasting:
+                self._read_unlocked(result)
                 self._close()
         except Exception:  # the outer loop of a pass: a fault of ours must not end the keeping of the file
             log.exception("a pass over registry.json broke")
-            self.claims &= before
+            self._take_back(before, None)
             result = Result(fault=FileFault("the daemon has a fault; it was logged", lasting=False))
             self._fault = str(result.fault)
         finally:
             self.has_lock = False
         self._unwritten |= result.failed
         return result
+
+    def _take_back(self, claims: set[str], merged: Merge | None) -> None:
+        """Forget what this pass could not write; what others wrote is known all the same."""
+        self.claims = (self.claims & claims) | (merged.claims if merged else set())
+        for name in self._made:
+            self.identities.pop(name, None)
+            self.claims.discard(name)
 
     def _pass(self, job: Job, result: Result) -> None:
         file = self._open()
@@ -182,9 +199,14 @@ class Export:
         self._put_all(result.merge)
         self._unwritten |= not self._to_drop.isdisjoint(self.claims)
         self.claims -= self._to_drop
+        if result.merge is not None:
+            result.merge.claims -= self._to_drop
         self._to_drop.clear()
         for want in job.wants:
             result.outcomes[want.name] = self._want(want, result)
+        if self._broken is not None:
+            result.aside = file.put_aside(self._broken)
+            self._broken = None
         if self._unwritten and (stamp is not None or self.identities):
             stamp = file.write(self._text(iso(self._clock.wall())))
             result.written = True
@@ -195,22 +217,24 @@ class Export:
 
     def _put_all(self, merged: Merge | None) -> None:
         """Take over what the registry says. Not before the file was read: it is compared with what was there before."""
-        for name, identity in self._to_put.items():
-            if self.identities.get(name) == identity or (merged is not None and name in merged.updated):
-                continue  # the latter is changed in the registry now, and comes again
-            self._unwritten = True
-            if identity is not None:
-                self.identities[name] = identity
-                continue
-            del self.identities[name]
-            self.claims.discard(name)
-            self._set_old(name, None)
+        for name, put in self._to_put.items():
+            present = self.identities.get(name)
+            if isinstance(put, Gone):
+                if present is not None and present.id == put.id:
+                    del self.identities[name]
+                    self.claims.discard(name)
+                    self._set_old(name, None)
+                    self._unwritten = True
+            elif present != put and (merged is None or name not in merged.updated):
+                self.identities[name] = put
+                self._unwritten = True  # what was updated is changed in the registry now, and comes again
         self._to_put.clear()
 
     def _want(self, want: Want, result: Result) -> Outcome:
         name = want.name
         if name not in self.identities:
             self.identities[name] = want.identity
+            self._made.add(name)
             self._unwritten = True
         id = self.identities[name].id
         if want.lock and name not in self.claims:
@@ -240,9 +264,8 @@ class Export:
         merged = merge(diff, claimed=self.claims, fresh=self.fresh)
         merged.refused += [Refusal("entry" if diff.whole else "file", "", fault) for fault in diff.faults]
         result.merge = merged
-        if not diff.whole and self._aside != (stamp.inode, stamp.mtime_ns, stamp.size):
-            result.aside = file.put_aside()  # it stays at its place, too, until it is replaced
-            self._aside = stamp.inode, stamp.mtime_ns, stamp.size
+        if not diff.whole:
+            self._broken = content
         # From here on others' words are ours, whatever becomes of the rest of this pass.
         is_first, self._has_read, self._stamp = not self._has_read, True, stamp
         self._is_sure = abs(self._clock.wall() - stamp.mtime_ns / 1e9) > RACY_S
@@ -250,6 +273,18 @@ class Export:
         self.fresh = set()
         self._apply(diff, merged, result, is_first=is_first)
         return stamp
+
+    def _read_unlocked(self, result: Result) -> None:
+        """Where nobody can write the file (a read-only folder), its names count all the same."""
+        if self._has_read or self._file is None:
+            return
+        with suppress(FileFault):
+            read = self._file.read()
+            if read is not None:
+                diff = self._difference(b"".join(self._text("")), read[0])
+                adopted = merge(diff, claimed=(), fresh=self.fresh).adopted
+                self.identities |= {name: fragments.of_entry(entry) for name, entry in adopted.items()}
+                result.merge = Merge(adopted=adopted)
 
     def _difference(self, known: bytes, found: bytes) -> Difference:
         if max(len(known), len(found)) <= LARGE_BYTES:

@@ -27,8 +27,8 @@ from madsci_registryd.export import Want
 from madsci_registryd.faults import StorageFault
 from madsci_registryd.imports import Imports
 from madsci_registryd.locks import Presence, Session
+from madsci_registryd.old_programs import OldPrograms
 from madsci_registryd.registrar import Answer, Registrar, outcome
-from madsci_registryd.service import OldPrograms
 
 log = logging.getLogger(__name__)
 

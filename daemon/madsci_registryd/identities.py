@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from madsci_registry import protocol as p
-from madsci_registry.errors import ConflictError, InvalidError, NameTakenError, NotFoundError
+from madsci_registry.errors import BusyError, ConflictError, InvalidError, NameTakenError, NotFoundError
 from madsci_registry.names import check_metadata, check_name
 from madsci_registry.registry_json import is_foreign_id
 from madsci_registryd.clock import instant
 from madsci_registryd.locks import Queues, Session
+from madsci_registryd.old_programs import OldPrograms
 from madsci_registryd.store import Lock, Row, Store
 from madsci_registryd.transaction import Told, Tx
 from madsci_registryd.views import SessionOf, component, held_by
@@ -31,6 +32,7 @@ class Identities:
         self.session = sessions
         self.epoch = epoch
         self.host = host
+        self.old_programs = OldPrograms()
 
     def rename(self, tx: Tx, who: Session, r: p.Rename) -> dict[str, Any]:
         """Give a component another name that nobody has; a held one only by force, its holder keeps it and is told."""
@@ -48,6 +50,8 @@ class Identities:
             raise NameTakenError(f"{r.new!r} is known already", name=r.new, id=taken.id)
         if row.old_lock is not None or (row.lock is not None and not r.force):
             raise held_by(self.session, self.host, r.old, row, who, waiting=self.queues.count(r.old))
+        if not (self.old_programs.ready(r.old) and self.old_programs.ready(r.new)):
+            raise BusyError(f"{r.old!r} and {r.new!r} cannot be kept from old programs just now; try again")
         self.store.rename(row.id, r.old, r.new)
         moved = self._get(r.new)
         if row.lock is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from madsci_registry.errors import NoSpaceError, RegistryError
+from madsci_registry.names import NAME_MAX_BYTES
 from madsci_registry.types import OldLock
 from madsci_registryd import adoption
 from madsci_registryd.batch import Write
@@ -16,13 +18,20 @@ from madsci_registryd.clock import iso
 from madsci_registryd.core import Core
 from madsci_registryd.merging import Entry, Merge, Refusal
 from madsci_registryd.registrar import RETRY_S
+from madsci_registryd.service import Service
+from madsci_registryd.transaction import Tx
 
 log = logging.getLogger(__name__)
 
 WRITERS_KEPT = 20
 NAMES_LOGGED = 20
-ADOPTED_A_TURN = 100
+NAMES_A_TURN = 100
 """Taking in a name takes some 30 us; the other clients come in between."""
+DETAIL_MAX = 500
+REFUSALS_KEPT = 20
+"""Of one kind and pass: an old program that empties a large file says one thing, not ten thousand."""
+
+Step = Callable[[Service, Tx], None]
 
 
 class Intake:
@@ -35,67 +44,82 @@ class Intake:
         self._clock = core.clock
         self._until: dict[str, float] = {}
         """Names that old programs hold, and until when if that is not renewed."""
-        self.arriving: dict[str, tuple[Entry, OldLock | None]] = {}
-        """Names of the file that are still to be taken in, where they are many."""
+        self._arriving: dict[str, list[tuple[Step, str | None]]] = {}
+        """What is still to be taken in, in the order in which it came, by name."""
+        self._is_timed = False
         self.refused = 0
         self.writers: dict[tuple[str, int, str], str] = {}
         """Old programs by host, pid and instance, and when they were last seen to write."""
-        self.repair: Callable[[str], None] = lambda name: None
-        """Called with a name of which the file says what the database refused."""
+        self.repair: Callable[[str, str | None], None] = lambda name, id: None
+        """Called with a name, and the ULID that it has there if it is new, of which the database refused something."""
 
     def merge(self, merge: Merge, until: dict[str, float], *, at_once: bool) -> None:
-        """Take in what a pass found; `at_once`: all of many new names, before anybody is served."""
-        names = list(merge.adopted)
-        rest = [] if at_once else names[ADOPTED_A_TURN:]
-        late = set(rest)
-        for name in names:
-            if name not in late:
-                self.adopt(name, merge.adopted[name])
+        """Take in what a pass found, name by name, some with each turn; `at_once`: all with the next batch."""
+        for name, entry in merge.adopted.items():
+            self._arrive(name, partial(adoption.adopt, name=name, entry=entry), entry["id"])
         for old, new in merge.renamed.items():
-            self.take_in(new, partial(adoption.rename, old=old, new=new))
+            self.hurry(old)
+            row = self._service.store.by_name(old)
+            self.take_in(new, partial(adoption.rename, old=old, new=new), row.id if row else None)
         for name, change in merge.updated.items():
-            self.take_in(name, partial(adoption.update, name=name, change=change))
+            self._arrive(name, partial(adoption.update, name=name, change=change))
         for name, lock in merge.locks.items():
-            if name in self.arriving:
-                self.arriving[name] = self.arriving[name][0], lock
-            elif name not in late:
-                self.take_in(name, partial(adoption.lock, name=name, held=lock))
+            self._arrive(name, partial(adoption.lock, name=name, held=lock))
             self._note_old(name, lock, until.get(name, 0.0))
-        if rest:
-            self.arriving |= {name: (merge.adopted[name], merge.locks.get(name)) for name in rest}
-            self._timers.after(0, lambda: self._take_rest(rest))
-        for refusal in merge.refused:
-            log.warning("registry.json: refused a change of %r (%s): %s", refusal.name, refusal.what, refusal.detail)
-            self.refuse(refusal)
-        if names:
-            names.sort()
-            more = f" and {len(names) - NAMES_LOGGED} more" if len(names) > NAMES_LOGGED else ""
-            log.info("registry.json: took in %d names: %s%s", len(names), ", ".join(names[:NAMES_LOGGED]), more)
+        if at_once:
+            self.hurry_all()
+        self._take_some()
+        self._refuse(merge.refused)
+        if merge.adopted:
+            log.info("registry.json: took in %s", _listed(merge.adopted))
 
-    def _take_rest(self, names: list[str]) -> None:
-        for name in names[:ADOPTED_A_TURN]:
+    def _arrive(self, name: str, step: Step, id: str | None = None) -> None:
+        self._arriving.setdefault(name, []).append((step, id))
+
+    def _take_some(self) -> None:
+        for name in list(islice(self._arriving, NAMES_A_TURN)):
             self.hurry(name)
-        if len(names) > ADOPTED_A_TURN:
-            self._timers.after(0, lambda: self._take_rest(names[ADOPTED_A_TURN:]))
+        if self._arriving and not self._is_timed:
+            self._is_timed = True
+            self._timers.after(0, self._go_on)
+
+    def _go_on(self) -> None:
+        self._is_timed = False
+        self._take_some()
 
     def hurry(self, name: str) -> None:
-        """Take in one of many names with the next batch: its turn has come, or somebody asks for it."""
-        arriving = self.arriving.pop(name, None)
-        if arriving is not None:
-            entry, lock = arriving
-            self.adopt(name, entry)
-            self.take_in(name, partial(adoption.lock, name=name, held=lock))
+        """Take in what is known of a name with the next batch: its turn has come, or somebody asks for it."""
+        for step, id in self._arriving.pop(name, ()):
+            self.take_in(name, step, id)
 
-    def take_in(self, name: str | None, step: Callable[..., None]) -> None:
+    def hurry_all(self) -> None:
+        """Take in all with the next batch, for who asks for what cannot be told by a name."""
+        for name in list(self._arriving):
+            self.hurry(name)
+
+    def _refuse(self, refusals: list[Refusal]) -> None:
+        """Record what is not taken in; of many of a kind the first ones, and how many more there were."""
+        by_kind: dict[str, list[Refusal]] = {}
+        for refusal in refusals:
+            by_kind.setdefault(refusal.what, []).append(refusal)
+        for what, all_of_it in by_kind.items():
+            for refusal in all_of_it[:REFUSALS_KEPT]:
+                self.refuse(refusal)
+            more = len(all_of_it) - REFUSALS_KEPT
+            if more > 0:
+                self.refuse(Refusal(what, "", f"and {more} more, the last of {all_of_it[-1].name[:80]!r}"))
+                self.refused += more - 1
+
+    def take_in(self, name: str | None, step: Step, id: str | None = None) -> None:
         """Make a change of an old program in the next batch; on a full disk again and again."""
 
         def done(result: Any) -> None:
             if isinstance(result, NoSpaceError):
-                self._timers.after(RETRY_S, lambda: self.take_in(name, step))
+                self._timers.after(RETRY_S, lambda: self.take_in(name, step, id))
             elif isinstance(result, RegistryError) and name is not None:
                 self.refused += 1
                 log.warning("registry.json: refused a change of %r: %s", name, result)
-                self.repair(name)
+                self.repair(name, id)
 
         self._registrar.submit(Write(lambda tx: step(self._service, tx), done))
 
@@ -127,10 +151,18 @@ class Intake:
 
     def adopt(self, name: str, entry: Entry) -> None:
         """Take in a name that the file has, and the database has not."""
-        self.take_in(name, partial(adoption.adopt, name=name, entry=entry))
+        self.take_in(name, partial(adoption.adopt, name=name, entry=entry), entry["id"])
 
     def refuse(self, refusal: Refusal) -> None:
         """Record something that is not taken in."""
+        refusal = refusal._replace(name=refusal.name[:NAME_MAX_BYTES], detail=refusal.detail[:DETAIL_MAX])
+        log.warning("registry.json: refused a change of %r (%s): %s", refusal.name, refusal.what, refusal.detail)
         self.refused += 1
         self.note_writer(refusal.writer)
         self.take_in(None, partial(adoption.refuse, refusal=refusal))
+
+
+def _listed(names: Iterable[str]) -> str:
+    first = sorted(names)
+    more = f" and {len(first) - NAMES_LOGGED} more" if len(first) > NAMES_LOGGED else ""
+    return f"{len(first)} names: {', '.join(first[:NAMES_LOGGED])}{more}"

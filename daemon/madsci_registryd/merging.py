@@ -4,11 +4,12 @@ Rules
 1. What is known keeps its ULID. A name that is new comes in with the ULID that it has there.
 2. Nothing is deleted: a name that is missing is written again. One name gone and one new with its ULID is a rename.
 3. Refused: a rename of a name that a new program holds, a second ULID for a name or name for a ULID, another type.
-4. Metadata: the keys that the old program changed are changed here too. Where the registry may know better than the
+4. An entry whose metadata cannot be kept comes in without them: its identity and its lock count all the same.
+5. Metadata: the keys that the old program changed are changed here too. Where the registry may know better than the
    file did (`fresh`), only keys that it does not have come in.
-5. The lock of an old program is its own word, taken as it is; whether it still counts is a matter of the clock, and not
+6. The lock of an old program is its own word, taken as it is; whether it still counts is a matter of the clock, and not
    decided here. Our claims are no locks of old programs.
-6. A file that is not whole says nothing by what it lacks.
+7. A file that is not whole says nothing by what it lacks.
 What is refused is written again as it was, and told.
 """
 
@@ -21,12 +22,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from madsci_registry import registry_json
-from madsci_registry.registry_json import entry_fault, is_claim
+from madsci_registry.registry_json import detail_fault, identity_fault, is_claim
 from madsci_registry.types import OldLock
 from madsci_registryd.clock import instant
 
 Entry = dict[str, Any]
 
+LAST_INSTANT = "9999-12-31T23:59:59.999999Z"
+_INT_MAX = (1 << 63) - 1
 METADATA_KEPT_BYTES = 256 * 1024
 """A quarter of a frame (protocol.FRAME_MAX_BYTES); new ones may have 16 KiB."""
 
@@ -51,8 +54,12 @@ def difference(known: bytes, found: bytes) -> Difference:
     """Compare the file as we know it (valid, ours) with the bytes that are there."""
     document = registry_json.parse(found)
     base: dict[str, Entry] = json.loads(known)["entries"]
-    unread = {fault.name for fault in document.faults}
+    unread = {fault.name for fault in document.faults if fault.name is not None}
     diff = Difference(document.whole, [str(fault) for fault in document.faults])
+    bare = _bare_entries(found, unread) if document.whole and unread else {}
+    for name, entry in bare.items():
+        known_details = {key: base[name][key] for key in ("metadata", "workcell_id")} if name in base else {}
+        document.entries[name] = entry | known_details
     for name, entry in document.entries.items():
         if name not in base:
             diff.added[name] = entry
@@ -65,6 +72,21 @@ def difference(known: bytes, found: bytes) -> Difference:
         ids = (entry.get("id") for entry in diff.added.values())
         diff.owners = {id: by_id[id] for id in ids if isinstance(id, str) and id in by_id}
     return diff
+
+
+def _bare_entries(found: bytes, names: Collection[str]) -> dict[str, Entry]:
+    """Return identity and lock of entries of which something cannot be stored, as old programs read them."""
+    try:
+        entries = json.loads(found)["entries"]
+    except (ValueError, RecursionError):
+        return {}  # then no old program reads the file either
+    keys = ("id", "component_type", "created_at", "last_seen", "lock")
+    found_there = {name: entries.get(name) for name in names}
+    return {
+        name: {key: entry[key] for key in keys if key in entry}
+        for name, entry in found_there.items()
+        if isinstance(entry, dict)
+    }
 
 
 class Refusal(NamedTuple):
@@ -126,7 +148,7 @@ def _merge_new(
     claimed: Collection[str],
     fresh: Collection[str],
 ) -> None:
-    fault = entry_fault(name, entry)
+    fault = identity_fault(name, entry)
     if fault:
         out.refused.append(Refusal("entry", name, fault))
         return
@@ -136,7 +158,7 @@ def _merge_new(
         if any(other["id"] == id for other in out.adopted.values()):
             out.refused.append(Refusal("id", name, f"{id} has two names there", old_lock(lock)))
             return
-        out.adopted[name] = _small(out, name, entry)
+        out.adopted[name] = _without_faults(out, name, entry, {})
     elif owner in gone and owner not in claimed and not {owner, id} & set(fresh):
         del gone[owner]
         out.renamed[owner] = name
@@ -152,22 +174,25 @@ def _merge_new(
     _take_lock(out, name, lock)
 
 
-def _small(out: Merge, name: str, entry: Entry) -> Entry:
-    """Leave out metadata that no answer could hold; identity and lock come in all the same."""
-    size = len(json.dumps(entry.get("metadata") or {}))
-    if size <= METADATA_KEPT_BYTES:
+def _without_faults(out: Merge, name: str, entry: Entry, known: Entry) -> Entry:
+    """Leave out details that cannot be kept, or that no answer could hold, and tell it; the known ones stay."""
+    fault = detail_fault(entry)
+    if not fault and (size := len(json.dumps(entry.get("metadata") or {}))) > METADATA_KEPT_BYTES:
+        fault = f"metadata: {size} bytes, at most {METADATA_KEPT_BYTES} are taken in"
+    if not fault:
         return entry
-    out.refused.append(Refusal("metadata", name, f"{size} bytes, at most {METADATA_KEPT_BYTES} are taken in"))
-    return {**entry, "metadata": {}}
+    out.refused.append(Refusal("metadata", name, fault))
+    return entry | {"metadata": known.get("metadata") or {}, "workcell_id": known.get("workcell_id")}
 
 
 def _merge_known(
     out: Merge, name: str, known: Entry, entry: Any, claimed: Collection[str], fresh: Collection[str], *, torn: bool
 ) -> None:
-    fault = entry_fault(name, entry)
+    fault = identity_fault(name, entry)
     if fault:
         out.refused.append(Refusal("entry", name, fault))
         return
+    entry = _without_faults(out, name, entry, known)
     lock = entry.get("lock")
     writer = old_lock(lock)
     if entry["id"] != known["id"]:
@@ -215,20 +240,31 @@ def old_lock(lock: Any) -> OldLock | None:
     if not isinstance(lock, dict) or is_claim(lock):
         return None
     pid, host, instance = lock.get("holder_pid"), lock.get("holder_host"), lock.get("holder_instance")
-    times = [instant(lock.get(key)) for key in ("acquired_at", "heartbeat_at", "expires_at")]
-    if not isinstance(pid, int) or isinstance(pid, bool) or not -(1 << 63) <= pid < 1 << 63:
+    expires_at = _instant(lock.get("expires_at"))
+    if not isinstance(pid, int) or isinstance(pid, bool) or not isinstance(host, str) or not isinstance(instance, str):
         return None
-    if not isinstance(host, str) or not isinstance(instance, str) or times[2] is None:
+    if expires_at is None:
         return None
-    acquired_at, heartbeat_at, expires_at = times[0] or times[2], times[1] or times[2], times[2]
     return OldLock(
-        holder_pid=pid,
-        holder_host=host[:255],
-        holder_instance=instance[:255],
-        acquired_at=acquired_at,
-        heartbeat_at=heartbeat_at,
+        holder_pid=max(min(pid, _INT_MAX), -_INT_MAX),
+        holder_host=_text(host),
+        holder_instance=_text(instance),
+        acquired_at=_instant(lock.get("acquired_at")) or expires_at,
+        heartbeat_at=_instant(lock.get("heartbeat_at")) or expires_at,
         expires_at=expires_at,
     )
+
+
+def _instant(text: Any) -> str | None:
+    """Return an instant; one that only its time zone takes out of the calendar is the last there is."""
+    found = instant(text)
+    if found is None and isinstance(text, str) and text.startswith("9999-12-31T"):
+        return LAST_INSTANT
+    return found
+
+
+def _text(text: str) -> str:
+    return text[:255].encode("utf-8", "replace").decode()
 
 
 def main() -> None:

@@ -60,12 +60,18 @@ class Passes:
             try:
                 job = self._jobs.get(timeout=LOOK_S)
             except Empty:
-                if self._export.has_changed():
-                    self._report(Done(self._export.run(Job()), was_asked=False))
+                self._look()
                 continue
             if job is None:
                 return
             self._report(Done(self._export.run(job), was_asked=True))
+
+    def _look(self) -> None:
+        try:
+            if self._export.has_changed():
+                self._report(Done(self._export.run(Job()), was_asked=False))
+        except Exception:  # the outer loop of a look: the next one comes in a moment
+            log.exception("a look at registry.json broke")
 
     def _report(self, done: Done) -> None:
         self._results.append(done)

@@ -6,6 +6,7 @@ whatever becomes of the request.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from madsci_registryd.core import Core
 from madsci_registryd.export import Want
 from madsci_registryd.intake import Intake
 from madsci_registryd.locks import Session
-from madsci_registryd.service import OldPrograms
+from madsci_registryd.old_programs import OldPrograms
 
 BUSY_S = 2.0
 """How long a request waits for the file lock."""
@@ -37,7 +38,7 @@ class Minted(NamedTuple):
         return {**self._asdict(), "last_seen": self.created_at}
 
 
-class Publication(OldPrograms):
+class Publication(OldPrograms, ABC):
     """Which names the file has, and what requests want in it. The bridge brings it there."""
 
     def __init__(self, core: Core, intake: Intake) -> None:
@@ -50,16 +51,19 @@ class Publication(OldPrograms):
         """The file cannot be had, and no waiting helps: names are given without it."""
         self.claimed: set[str] = set()
         self.minted: dict[str, Minted] = {}
+        self._leftovers: dict[str, str] = {}
+        """New names of renames, which the file shows before they are done, and their ULIDs: some are refused."""
         self.shown: set[str] = set()
         """Minted names that the file has."""
 
+    @abstractmethod
     def is_asked(self, name: str) -> bool:
         """Tell whether a request still waits for the file to have the name."""
-        raise NotImplementedError
 
-    def repair(self, name: str) -> None:
-        """Let the file have of a name what the database has, also where that is nothing."""
-        raise NotImplementedError
+    @abstractmethod
+    def repair(self, name: str, id: str | None) -> None:
+        """Let the file have of a name what the database has, also where that is nothing, and of the component that the
+        file has or had under it."""
 
     def ready(self, name: str) -> bool:
         return name in self.claimed or self.is_off
@@ -71,13 +75,14 @@ class Publication(OldPrograms):
     def for_resolve(self, who: Session, r: p.Resolve) -> list[Want]:
         if self.is_off:
             return []
-        if r.acquire_lock:
-            if r.name in self.claimed or self._service.queues.find(who.id, r.seq) is not None:
-                return []
-        elif self._store.id_of(r.name) is not None:
+        is_known = self._store.id_of(r.name) is not None
+        is_ready = not r.acquire_lock or r.name in self.claimed or self._service.queues.find(who.id, r.seq) is not None
+        if is_known and is_ready:
             return []
         self._intake.hurry(r.name)
         row = self._service.check(r)
+        if row is None and r.name in self._leftovers:
+            self.repair(r.name, self._leftovers.pop(r.name))
         if row is not None:
             return [Want(r.name, fragments.of_row(row), lock=True)]
         return [self._want_new(r.name, r.component_type, r.metadata or {}, lock=r.acquire_lock)]
@@ -92,26 +97,42 @@ class Publication(OldPrograms):
         return wants
 
     def for_rename(self, who: Session, r: p.Rename) -> list[Want]:
+        self._intake.hurry_all()
         row = self._store.by_name(r.old)
         if self.is_off or row is None or row.id != r.id or r.old == r.new or self._store.id_of(r.new) is not None:
             return []  # it is answered at once
+        if row.old_lock is not None or (row.lock is not None and not r.force):
+            return []  # refused, and the file need not know
         self._service.check_new(r.new)
         if r.new in self.minted:
             raise BusyError(f"{r.new!r} is just being made by somebody else; try again")
-        self._timers.after(2 * BUSY_S, lambda: self.repair(r.new))  # it may be refused
+        self._leftovers[r.new] = row.id
+        self._timers.after(2 * BUSY_S, lambda: self._clear_leftover(r.new))
         identity = fragments.of_row(row)
-        return [Want(name, identity, lock=True) for name in (r.old, r.new) if name not in self.claimed]
+        # The old name too, though it may be claimed now: the claim could be given back meanwhile.
+        return [Want(name, identity, lock=True) for name in (r.old, r.new)]
+
+    def _clear_leftover(self, name: str) -> None:
+        if name in self._leftovers:
+            self.repair(name, self._leftovers.pop(name))
 
     def for_import(self, entries: Iterable[tuple[str, dict[str, Any]]]) -> list[Want]:
         if self.is_off:
             return []
-        wants = []
-        for name, entry in entries:
-            if name not in self.minted and self._store.id_of(name) is None and self._store.by_id(entry["id"]) is None:
+        self._intake.hurry_all()
+        new = [
+            (name, entry)
+            for name, entry in entries
+            if self._store.id_of(name) is None and self._store.by_id(entry["id"]) is None
+        ]
+        for name, entry in new:
+            if name in self.minted and self.minted[name].id != entry["id"]:
+                raise BusyError(f"{name!r} is just being made by somebody else; try again")
+        for name, entry in new:
+            if name not in self.minted:
                 metadata = entry.get("metadata") or {}
                 self._mint(name, Minted(entry["id"], entry["component_type"], self._now(), metadata))
-                wants.append(Want(name, fragments.of_entry(entry), lock=False))
-        return wants
+        return [Want(name, fragments.of_entry(entry), lock=False) for name, entry in new]
 
     def _want_new(self, name: str, component_type: str, metadata: dict[str, Any], *, lock: bool) -> Want:
         if name not in self.minted:

@@ -87,7 +87,7 @@ COUNT_EVENTS = "SELECT count(*) FROM events"
 OLDEST_EVENTS = "SELECT revision, at FROM events WHERE revision > ? ORDER BY revision LIMIT ?"
 TRIM_LOCK_EVENTS = """
     DELETE FROM events
-     WHERE revision > ? AND revision <= ? AND kind IN ('granted', 'released', 'ended', 'broken')"""
+     WHERE revision > ? AND revision <= ? AND kind IN ('granted', 'released', 'ended', 'broken', 'refused')"""
 
 GET_META = "SELECT value FROM meta WHERE key = ?"
 SET_META = "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import re
 import stat
@@ -220,13 +221,8 @@ class RegistryFile:
             self._check(present)
         owner = self._owner_of_a_new_file() if present is None else _owner(present)
         temporary = f"{self._name}.{os.urandom(6).hex()}.tmp"
-        fd = self._try(lambda: self._open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), self._name)
+        made = self._write_new(temporary, parts, owner)
         try:
-            try:
-                self._give(fd, owner)
-                made = self._try(lambda: _write_all(fd, parts), self._name)
-            finally:
-                os.close(fd)
             self._try(lambda: self._rename(temporary, self._name), self._name)
         except BaseException:
             with suppress(OSError):
@@ -238,20 +234,21 @@ class RegistryFile:
             return _stamp(made)  # somebody was quick: the next look will tell
         return _stamp(named)
 
-    def put_aside(self) -> str:
-        """Give the file a second name that says since when it is broken, and return that; it overwrites nothing.
+    def put_aside(self, content: bytes) -> str:
+        """Keep what the file had under a name that says since when it is broken, and return that; overwrites nothing.
 
-        The first name stays until a write replaces it: without a file, an old program would begin an empty registry.
+        A copy: without the file itself, until a write replaces it, an old program would begin an empty registry.
 
-        Raises: FileFault: it is not there, no regular file, or the folder may not be written.
+        Raises: FileFault: there is no room, or the folder may not be written.
         """
-        if self.stamp() is None:
-            raise FileFault(f"{self.path} is not there", lasting=False)
         dated = f"{self._name}.broken-{iso(self._clock.wall())[:19].replace(':', '')}Z"
-        aside, number = dated, 1
-        while not self._link(aside):
-            number += 1
-            aside = f"{dated}-{number}"
+        present = self._lstat(self._name)
+        owner = self._owner_of_a_new_file() if present is None else _owner(present)
+        for number in itertools.count(1):
+            aside = dated if number == 1 else f"{dated}-{number}"
+            with suppress(FileExistsError):
+                self._write_new(aside, (content,), owner, but=FileExistsError)
+                break
         self._try(lambda: os.fsync(self._folder), self.path.parent)
         return aside
 
@@ -260,9 +257,9 @@ class RegistryFile:
         pattern = re.compile(rf"{re.escape(self._name)}\.[0-9a-f]{{12}}\.tmp")
         ours = {os.geteuid(), os.fstat(self._folder).st_uid} if os.geteuid() == 0 else {os.geteuid()}
         removed = 0
-        with self._try(lambda: os.scandir(self._folder), self.path.parent) as listing:
-            names = [entry.name for entry in listing if pattern.fullmatch(entry.name)]
-        for name in names:
+        for name in self._try(self._names, self.path.parent):
+            if not pattern.fullmatch(name):
+                continue
             with suppress(OSError):
                 found = os.stat(name, dir_fd=self._folder, follow_symlinks=False)
                 if stat.S_ISREG(found.st_mode) and found.st_uid in ours:
@@ -272,14 +269,26 @@ class RegistryFile:
 
     # steps
 
-    def _link(self, name: str) -> bool:
-        """Give the file that name too; False: something has it."""
-        folder = {"src_dir_fd": self._folder, "dst_dir_fd": self._folder}
-        with suppress(FileExistsError):
-            link = lambda: os.link(self._name, name, **folder, follow_symlinks=False)
-            self._try(link, self._name, but=FileExistsError)
-            return True
-        return False
+    def _names(self) -> list[str]:
+        with os.scandir(self._folder) as listing:  # reading on may fail as well as beginning
+            return [entry.name for entry in listing]
+
+    def _write_new(
+        self, name: str, parts: Iterable[bytes], owner: FileOwner, *, but: type[OSError] | tuple[()] = ()
+    ) -> os.stat_result:
+        """Make a file of a name that nobody has, whole and synced or not at all."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        fd = self._try(lambda: self._open(name, flags, 0o600), self._name, but=but)
+        try:
+            try:
+                self._give(fd, owner)
+                return self._try(lambda: _write_all(fd, parts), self._name)
+            finally:
+                os.close(fd)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name, dir_fd=self._folder)
+            raise
 
     def _check(self, found: os.stat_result) -> None:
         if not stat.S_ISREG(found.st_mode):

@@ -11,7 +11,8 @@ from madsci_registry.types import OldLock, Process
 from madsci_registryd import queries as q
 from madsci_registryd.locks import Identity, Owner, Presence, Session
 
-LOCK_EVENTS = frozenset({"granted", "released", "ended", "broken"})
+LOCK_EVENTS = frozenset({"granted", "released", "ended", "broken", "refused"})
+"""Kept for a while only; none of them changes an identity."""
 
 
 class Lock(NamedTuple):

@@ -125,7 +125,7 @@ def test_what_is_no_file_is_never_followed(file: RegistryFile, folder: Path, kin
     else:
         listener.bind(str(path))
     before = path.lstat()
-    verbs: list[Callable[[], object]] = [file.stamp, file.read, lambda: file.write([b"x"]), file.put_aside]
+    verbs: list[Callable[[], object]] = [file.stamp, file.read, lambda: file.write([b"x"])]
     for verb in verbs:
         with pytest.raises(FileFault, match="left alone") as fault:
             verb()
@@ -423,20 +423,15 @@ def test_sweep_removes_what_writes_leave_and_nothing_else(file: RegistryFile, fo
 
 
 def test_put_aside_gives_a_dated_name_and_overwrites_nothing(folder: Path) -> None:
-    """A broken file has a second name with the date, a number where that is taken, and stays until it is replaced."""
+    """Broken content is kept under a name with the date, a number where that is taken; the file stays at its place."""
     file = RegistryFile(folder / "registry.json", FakeClock(wall=1_795_525_200.0))
-    for content in (b"one", b"two", b"three"):
-        file.write([content])
-        name = file.put_aside()
-        assert (folder / name).read_bytes() == (folder / "registry.json").read_bytes() == content
-    (folder / "registry.json").unlink()
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "registry.json.broken-2026-11-24T130000Z",
-        "registry.json.broken-2026-11-24T130000Z-2",
-        "registry.json.broken-2026-11-24T130000Z-3",
-    ]
-    with pytest.raises(FileFault):
-        file.put_aside()
+    file.write([b"present"])
+    names = [file.put_aside(content) for content in (b"one", b"two", b"three")]
+    dated = "registry.json.broken-2026-11-24T130000Z"
+    assert names == [dated, f"{dated}-2", f"{dated}-3"]
+    assert [(folder / name).read_bytes() for name in names] == [b"one", b"two", b"three"]
+    assert (folder / "registry.json").read_bytes() == b"present"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "registry.json"])
     file.close()
 
 
