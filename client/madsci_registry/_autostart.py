@@ -14,10 +14,12 @@ import select
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 
+from madsci_registry import containers
 from madsci_registry._endpoint import Endpoint, environment
 from madsci_registry.cgroups import innermost_unit
 from madsci_registry.errors import PermissionDeniedError, RegistryError, UnavailableError, from_wire
@@ -25,11 +27,10 @@ from madsci_registry.errors import PermissionDeniedError, RegistryError, Unavail
 IDLE_EXIT_S = 600
 """A daemon that a client started ends by itself when no client was there for ten minutes."""
 
-# What a program needs to run at all; nothing else of the starter's environment may shape a daemon that others use.
+# What a program needs to run at all, and what says that it is in a container, and that the registry may go with that;
+# nothing else of the starter's environment may shape a daemon that others use.
 _KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV")
-
-# PROC_PID_INIT_INO of the Linux kernel (include/linux/proc_ns.h): the initial PID namespace.
-_INITIAL_PID_NAMESPACE = "pid:[4026531836]"
+_KEPT_OF_CONTAINERS = ("container", "KUBERNETES_SERVICE_HOST", "MADSCI_REGISTRYD_EPHEMERAL")
 
 _starters: list[Popen[bytes]] = []
 
@@ -47,17 +48,55 @@ def refusal(endpoint: Endpoint, env: Mapping[str, str] | None = None) -> str | N
         return "the daemon's package (madsci_registryd) is not installed here"
     if env.get("MADSCI_REGISTRY_AUTOSTART") == "1":
         return None
-    return _foreign_folder(endpoint.registry.parent) or _in_container(env) or _in_service()
+    return _foreign_folder(endpoint.registry.parent) or _in_container(endpoint, env) or _in_service()
+
+
+def lone_folder(endpoint: Endpoint, env: Mapping[str, str] | None = None) -> str | None:
+    """Say, in a container, that the registry's folder is in it alone, so that it would have a registry of its own.
+
+    None: not in a container, or the folder is mounted from outside.
+
+    Raises: OSError where the folder may not be looked at.
+    """
+    if not containers.is_container(environment() if env is None else env):
+        return None
+    folder = _shared_folder(endpoint)
+    mount = containers.mount_of(_nearest(folder))
+    return f"{folder} is in this container alone (on {mount.kind})" if containers.is_alone(mount) else None
+
+
+def mount_hint(endpoint: Endpoint) -> str:
+    """Tell a person how a container gets to see the registry that the others of its lab have."""
+    line = containers.compose_line(_shared_folder(endpoint))
+    return f"mount the lab's folder, under volumes: of this service, of registryd and of all others: `{line}`"
 
 
 def hint(endpoint: Endpoint) -> str:
     """Tell a person how to start the daemon of a registry."""
+    if containers.is_container(environment()):
+        return _hint_in_container(endpoint)
     if endpoint.is_system:
         return "systemctl start madsci-registryd"
     if endpoint.registry is None:
         return f"madsci-registryd --socket {endpoint.socket} --registry PATH.json"
     socket = f" --socket {endpoint.socket}" if endpoint.socket_is_given else ""
     return f"madsci-registryd --registry {endpoint.registry}{socket}"
+
+
+def _hint_in_container(endpoint: Endpoint) -> str:
+    with suppress(OSError):
+        if lone_folder(endpoint):
+            return mount_hint(endpoint)
+    if endpoint.is_system:
+        return "on the host: systemctl start madsci-registryd"
+    return f"docker compose up -d registryd, a service that mounts {_shared_folder(endpoint)} as this one does"
+
+
+def _shared_folder(endpoint: Endpoint) -> Path:
+    """Return the folder in which clients of several containers must see the same sockets."""
+    if endpoint.registry is None or endpoint.socket_is_given or endpoint.is_system:
+        return endpoint.socket.parent
+    return endpoint.registry.parent
 
 
 def make_folder(endpoint: Endpoint) -> None:
@@ -188,7 +227,8 @@ def command(endpoint: Endpoint) -> list[str]:
 
 def clean_environment(env: Mapping[str, str]) -> dict[str, str]:
     """Return what a started daemon gets of an environment, with this program's own copy of the packages."""
-    clean = {key: value for key, value in env.items() if key in _KEPT or key.startswith("LC_")}
+    kept = (*_KEPT, *_KEPT_OF_CONTAINERS)
+    clean = {key: value for key, value in env.items() if key in kept or key.startswith("LC_")}
     paths = [str(Path(path).absolute()) for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
     # A program may have put the packages on sys.path by itself; installed ones are found anyway.
     paths += [root for name in ("madsci_registryd", "madsci_registry") if (root := _source_root(name))]
@@ -207,27 +247,29 @@ def _source_root(package: str) -> str | None:
 
 def _foreign_folder(folder: Path) -> str | None:
     """Another user's registry is another user's daemon."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    folder = _nearest(folder)
     owner = folder.stat().st_uid
     return None if owner == os.geteuid() else f"{folder} belongs to uid {owner}, not to you (uid {os.geteuid()})"
 
 
-def _in_container(env: Mapping[str, str]) -> str | None:
-    """A daemon in a container ends with it, while other containers on the same folder count on it."""
-    if _pid_namespace() == _INITIAL_PID_NAMESPACE:
+def _nearest(folder: Path) -> Path:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _in_container(endpoint: Endpoint, env: Mapping[str, str]) -> str | None:
+    """A daemon in a container ends with it, while other containers on the same folder count on it.
+
+    With the pids of the host it is no such thing: a person's toolbox, or a container made to look after the host.
+    """
+    if not containers.has_own_pids() or not containers.is_marked(env):
         return None
-    marks = Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
-    if not marks and not env.get("container") and not env.get("KUBERNETES_SERVICE_HOST"):
-        return None
+    with suppress(OSError):
+        alone = lone_folder(endpoint, env)
+        if alone:
+            return f"{alone}, and no other container would see a registry there"
     return "this is a container: run madsci-registryd outside, or in a container of its own"
-
-
-def _pid_namespace() -> str:
-    try:
-        return str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        return ""
 
 
 def _in_service(cgroup: Path = Path("/proc/self/cgroup")) -> str | None:

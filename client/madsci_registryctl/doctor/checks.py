@@ -96,6 +96,21 @@ def _database_rights(path: Path, found: os.stat_result) -> Iterator[Finding]:
         yield Finding("note", "database", f"{path} has mode {mode:04o}: others may read it", f"chmod 600 {path}")
 
 
+def container(case: Case) -> list[Finding]:
+    """In a container: whether the registry's folder is mounted, so that other containers see the same registry."""
+    from madsci_registry import containers
+    from madsci_registry._autostart import lone_folder, mount_hint
+    from madsci_registry._endpoint import environment
+
+    if not containers.is_container(environment()):
+        return []
+    alone = lone_folder(case.endpoint)
+    if alone:
+        found = f"{alone}: each container would have a registry of its own"
+        return [Finding("warning", "container", found, mount_hint(case.endpoint))]
+    return [Finding("ok", "container", "the registry's folder is mounted, so that other containers may have it too")]
+
+
 def file_system(case: Case) -> list[Finding]:
     """Whether the database's file system can hold it, and keeps it."""
     folder = _database_folder(case)

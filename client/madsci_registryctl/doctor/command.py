@@ -101,6 +101,7 @@ def _checks() -> Mapping[str, Check]:
         "socket folder": socket_checks.socket_folder,
         "sockets": socket_checks.sockets,
         "socket paths": socket_checks.socket_paths,
+        "container": checks.container,
         "database": checks.database,
         "file system": checks.file_system,
         "disk space": checks.disk_space,

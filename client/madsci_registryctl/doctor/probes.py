@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import stat
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from madsci_registry import containers
 from madsci_registry.errors import UnsupportedError
 from madsci_registry.types import Proof
 from madsci_registryctl.stop import connect, peer_pid
 
 SO_PEERPIDFD = 77  # asm-generic/socket.h; Python's socket module has no name for it yet
-_OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 class Listener(NamedTuple):
@@ -93,20 +92,7 @@ def flock_holder(path: Path) -> int | None:
 
 def file_system(folder: Path) -> str:
     """Name the type of the file system that holds a folder, 'unknown' where the kernel does not say."""
-    device = folder.stat().st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    where = os.path.realpath(folder)
-    by_place = (-1, "unknown")
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        before, _, after = line.partition(" - ")
-        fields = before.split()
-        if fields[2] == wanted:
-            return after.split()[0]
-        # btrfs gives its subvolumes devices of their own: there the longest mount point above the folder counts.
-        point = _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4])
-        if os.path.commonpath([point, where]) == point:
-            by_place = max(by_place, (len(point), after.split()[0]), key=lambda found: found[0])
-    return by_place[1]
+    return containers.mount_of(folder).kind
 
 
 def space(folder: Path) -> Space:

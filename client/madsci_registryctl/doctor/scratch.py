@@ -78,7 +78,8 @@ class Scratch:
 
     def start_daemon(self) -> float:
         """Start the daemon and wait until it listens; return the monotonic instant of its exec. Raises NotKept."""
-        words = ("-c", _BECOME_DAEMON, str(os.getpid()), "-m", "madsci_registryd", "--registry", str(self.registry))
+        settings = ("--registry", str(self.registry), "--ephemeral")
+        words = ("-c", _BECOME_DAEMON, str(os.getpid()), "-m", "madsci_registryd", *settings)
         self._daemon = self.spawn(*words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         assert self._daemon.stdout is not None
         said = self._daemon.stdout.readline()
