@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REGISTRY := $(CURDIR)/.madsci/registry.json
 SOURCES := client daemon tests bench
+# Where `make install` puts the program: its own virtual environment, never a folder that holds anything else.
+PREFIX ?= /opt/madsci-registryd
 
-.PHONY: help run test check format bench chaos clean
+.PHONY: help run test check format bench chaos clean install uninstall
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +19,8 @@ help:
 	@echo "make bench   measure against a bare echo and bare SQLite"
 	@echo "make chaos   many kills, and how long a hand-over takes"
 	@echo "make clean   remove what these made, but for the registry in ./.madsci"
+	@echo "sudo make install    run the daemon as a service of this host (systemd), its program in $(PREFIX)"
+	@echo "sudo make uninstall  take both away again; the registry stays"
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, say make PYTHON=...")'
@@ -50,6 +54,22 @@ bench: $(STAMP)
 
 chaos: $(STAMP)
 	$(BIN)/python -m pytest -m chaos -s tests/chaos
+
+install:
+	@test "$$(id -u)" = 0 || { echo "make install needs root: sudo make install" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, say make PYTHON=... install")'
+	@$(PYTHON) -c 'import os, sys; at = os.path.realpath(sys.base_prefix); \
+	sys.exit(at.startswith(("/home/", "/root/", "/tmp/")) and at + ": no service may look there, say make PYTHON=/usr/bin/python3 install")'
+	@test ! -e '$(PREFIX)' -o -e '$(PREFIX)/.made-by-make-install' || { echo "$(PREFIX) exists and is not ours, say make PREFIX=... install" >&2; exit 1; }
+	umask 022 && mkdir -p '$(PREFIX)' && touch '$(PREFIX)/.made-by-make-install' && $(PYTHON) -m venv '$(PREFIX)'
+	umask 022 && '$(PREFIX)/bin/python' -m pip install --quiet --disable-pip-version-check --no-cache-dir --upgrade .
+	'$(PREFIX)/bin/registryctl' service install --system
+
+uninstall:
+	@test "$$(id -u)" = 0 || { echo "make uninstall needs root: sudo make uninstall" >&2; exit 1; }
+	@test -e '$(PREFIX)/.made-by-make-install' || { echo "make install has put nothing into $(PREFIX)" >&2; exit 1; }
+	test ! -x '$(PREFIX)/bin/registryctl' || '$(PREFIX)/bin/registryctl' service uninstall --system
+	rm -rf '$(PREFIX)'
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -23,6 +23,7 @@ COMMANDS = {
     "status": "watching",
     "where": "watching",
     "sessions": "watching",
+    "metrics": "metrics",
     "doctor": "doctor.command",
     "list": "reading",
     "show": "reading",
@@ -42,6 +43,7 @@ COMMANDS = {
     "migrate": "migrate",
     "backup": "transfer",
     "stop": "stop",
+    "service": "service.command",
     "completion": "completion",
 }
 """Which module of this package has which command, as `NAME_command`; in the order of the help."""

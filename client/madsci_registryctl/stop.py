@@ -8,10 +8,13 @@ import signal
 import socket
 import struct
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from madsci_registry._permission import closed_to_you
+from madsci_registry.cgroups import place_of
 from madsci_registry.errors import (
     PermissionDeniedError,
     RegistryError,
@@ -24,7 +27,6 @@ from madsci_registryctl.render import print_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from madsci_registry._endpoint import Endpoint
 
@@ -43,11 +45,12 @@ def stop_command(invocation: Invocation) -> None:
     """
     with _connected(invocation.endpoint(), invocation.timeout) as lifeline:
         pid = peer_pid(lifeline)
-        with _process(lifeline, pid) as pidfd:
+        with process(lifeline, pid) as pidfd:
+            _refuse_service(pid)
             question = _objection(invocation, pid)
             if question:
                 invocation.confirm(question)
-            _terminate(pidfd, pid)
+            terminate(pidfd, pid)
     if invocation.as_json:
         print_json({"stopped": True, "pid": pid})
     else:
@@ -61,8 +64,7 @@ def _connected(endpoint: Endpoint, timeout_s: float) -> Iterator[socket.socket]:
         try:
             connect(lifeline, endpoint.lifeline)
         except PermissionError:
-            path = str(endpoint.lifeline)
-            raise PermissionDeniedError(f"you may not use the socket {path}", path=path) from None
+            raise closed_to_you(endpoint.lifeline) from None
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
             path = str(endpoint)
             raise UnavailableError(f"no daemon serves {path}: nothing to stop", path=path) from None
@@ -94,7 +96,8 @@ def peer_pid(connection: socket.socket) -> int:
 
 
 @contextmanager
-def _process(lifeline: socket.socket, pid: int) -> Iterator[int]:
+def process(lifeline: socket.socket, pid: int) -> Iterator[int]:
+    """Open a pidfd of the daemon at the other end of its lifeline. Raises UnavailableError: it has just ended."""
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -117,6 +120,21 @@ def _ended(connection: socket.socket) -> bool:
         return True
 
 
+def _refuse_service(pid: int) -> None:
+    """Raise UnsupportedError where systemd would start the daemon again: it holds the sockets, or has the unit."""
+    try:
+        program = Path(f"/proc/{pid}/comm").read_text().strip()
+        place = place_of(Path(f"/proc/{pid}/cgroup").read_text())
+    except OSError:
+        return
+    if program == "systemd":
+        command = "systemctl stop madsci-registryd.socket madsci-registryd.service"
+        raise UnsupportedError(f"systemd holds its sockets, and would start it again. To stop both: {command}")
+    if place.unit and place.unit.startswith("madsci-registryd"):
+        reason = f"the daemon is the service {place.unit}, which systemd would start again"
+        raise UnsupportedError(f"{reason}. To stop it: {place.stop_command}", reason=reason)
+
+
 def _objection(invocation: Invocation, pid: int) -> str | None:
     """Say why a person should be asked first, or None."""
     try:
@@ -124,8 +142,6 @@ def _objection(invocation: Invocation, pid: int) -> str | None:
             status = client.status()
     except RegistryError as error:
         return f"madsci-registryd (pid {pid}) does not say who uses it ({error.message}). Stop it?"
-    if pid == 1 and status["pid"] != 1:
-        raise UnsupportedError("its socket belongs to systemd, which would start it again: use systemctl stop")
     if not status["held"] and not status["waiting"]:
         return None
     return (
@@ -134,7 +150,8 @@ def _objection(invocation: Invocation, pid: int) -> str | None:
     )
 
 
-def _terminate(pidfd: int, pid: int) -> None:
+def terminate(pidfd: int, pid: int) -> None:
+    """End a daemon (SIGTERM) and wait until it is gone. Raises PermissionDeniedError, RegistryTimeoutError."""
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
     except ProcessLookupError:
