@@ -25,10 +25,11 @@ from typing import NamedTuple
 
 from madsci_registry import registry_json
 from madsci_registry.types import OldLock
-from madsci_registryd import fragments
+from madsci_registryd import fragments, messages
 from madsci_registryd.clock import Clock, iso
+from madsci_registryd.file_watch import FileWatch
 from madsci_registryd.fragments import Identity
-from madsci_registryd.merging import Difference, Merge, Refusal, Update, difference, merge
+from madsci_registryd.merging import Difference, Merge, Refusal, Update, completed, difference, merge
 from madsci_registryd.registry_file import FileFault, LockTimeout, RegistryFile, Stamp
 
 LOCK_WAIT_S = 2.0
@@ -113,6 +114,7 @@ class Export:
         self._claim = claim
         self._created_at = created_at
         self._file: RegistryFile | None = None
+        self.watch = FileWatch(path)
         self._stamp: Stamp | None = None
         self._has_read = False
         self._is_sure = False
@@ -175,7 +177,7 @@ class Export:
                 self._read_unlocked(result)
                 self._close()
         except Exception:  # the outer loop of a pass: a fault of ours must not end the keeping of the file
-            log.exception("a pass over registry.json broke")
+            log.exception("a pass over registry.json broke", extra=messages.FAULT())
             self._take_back(before, None)
             result = Result(fault=FileFault("the daemon has a fault; it was logged", lasting=False))
             self._fault = str(result.fault)
@@ -213,6 +215,7 @@ class Export:
             self._unwritten = False
             self._is_sure = True
         self._stamp = stamp
+        self.watch.forget()
         result.revision = job.revision
 
     def _put_all(self, merged: Merge | None) -> None:
@@ -261,6 +264,8 @@ class Export:
         content, stamp, _ = read
         known = b"".join(self._text(""))
         diff = self._difference(known, content)
+        if not diff.whole and (copy := self.watch.copy()) is not None:
+            diff = completed(diff, self._difference(known, copy))
         merged = merge(diff, claimed=self.claims, fresh=self.fresh)
         merged.refused += [Refusal("entry" if diff.whole else "file", "", fault) for fault in diff.faults]
         result.merge = merged
@@ -272,6 +277,7 @@ class Export:
         self._unwritten |= is_first and bool(diff.removed or diff.changed)
         self.fresh = set()
         self._apply(diff, merged, result, is_first=is_first)
+        self.watch.forget()
         return stamp
 
     def _read_unlocked(self, result: Result) -> None:

@@ -74,6 +74,17 @@ def difference(known: bytes, found: bytes) -> Difference:
     return diff
 
 
+def completed(torn: Difference, before: Difference) -> Difference:
+    """Add to what a torn file still has what was there before it was torn; what it has itself is newer."""
+    return Difference(
+        False,
+        torn.faults,
+        before.added | torn.added,
+        changed=before.changed | torn.changed,
+        owners=before.owners | torn.owners,
+    )
+
+
 def _bare_entries(found: bytes, names: Collection[str]) -> dict[str, Entry]:
     """Return identity and lock of entries of which something cannot be stored, as old programs read them."""
     try:

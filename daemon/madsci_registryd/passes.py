@@ -9,6 +9,7 @@ from collections import deque
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
+from madsci_registryd import messages
 from madsci_registryd.export import Export, Job, Result
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Passes:
         self._thread = threading.Thread(target=self._run, name="registry.json", daemon=True)
 
     def start(self) -> None:
+        self._export.watch.start()
         self._thread.start()
 
     def send(self, job: Job) -> None:
@@ -53,6 +55,7 @@ class Passes:
         """End the thread after the pass that is under way; jobs that were sent are done first."""
         self._jobs.put(None)
         self._thread.join()
+        self._export.watch.stop()
         os.close(self.fd)
 
     def _run(self) -> None:
@@ -68,10 +71,11 @@ class Passes:
 
     def _look(self) -> None:
         try:
+            self._export.watch.start()  # where its folder was gone
             if self._export.has_changed():
                 self._report(Done(self._export.run(Job()), was_asked=False))
         except Exception:  # the outer loop of a look: the next one comes in a moment
-            log.exception("a look at registry.json broke")
+            log.exception("a look at registry.json broke", extra=messages.FAULT())
 
     def _report(self, done: Done) -> None:
         self._results.append(done)

@@ -193,10 +193,13 @@ class RegistryFile:
         self._check(found)
         return _stamp(found)
 
-    def read(self, limit_bytes: int = READ_MAX_BYTES) -> tuple[bytes, Stamp, FileOwner] | None:
+    def read(
+        self, limit_bytes: int = READ_MAX_BYTES, *, settled: bool = False
+    ) -> tuple[bytes, Stamp, FileOwner] | None:
         """Return the file's content, its stamp from just before, and its owner; None: there is none.
 
-        Raises: FileFault: it is no regular file, a stranger's, longer than `limit_bytes`, or cannot be read.
+        Raises: FileFault: it is no regular file, a stranger's, longer than `limit_bytes`, or cannot be read; with
+            `settled`, for who has not the file's lock, also where it changed meanwhile.
         """
         if self.stamp() is None:
             return None
@@ -204,10 +207,13 @@ class RegistryFile:
         try:
             found = os.fstat(fd)  # of what was opened: it may be another one by now
             self._check(found)
-            content = self._try(lambda: _read(fd, limit_bytes + 1), self._name)
+            is_short = found.st_size <= limit_bytes
+            content = self._try(lambda: _read(fd, limit_bytes + 1), self._name) if is_short else b""
+            if settled and _stamp(os.fstat(fd)) != _stamp(found):
+                raise FileFault(f"{self.path} changed while it was read", lasting=False)
         finally:
             os.close(fd)
-        if len(content) > limit_bytes:
+        if not is_short or len(content) > limit_bytes:
             raise FileFault(f"{self.path} has more than {limit_bytes} bytes: it is not read")
         return content, _stamp(found), _owner(found)
 
@@ -334,7 +340,7 @@ class RegistryFile:
         try:
             return call()
         except but:
-            if not self._is_gone():
+            if not self.is_gone:
                 raise
             raise FileFault(f"{self.path.parent} is gone") from None
         except OSError as error:
@@ -345,7 +351,9 @@ class RegistryFile:
                 raise FileFault(f"{shown} is no regular file: it is left alone, remove it") from error
             raise FileFault(f"{shown}: {error.strerror}", lasting=error.errno not in _PASSING) from error
 
-    def _is_gone(self) -> bool:
+    @property
+    def is_gone(self) -> bool:
+        """Somebody has removed the folder. Safe in every thread."""
         return os.fstat(self._folder).st_nlink == 0
 
     def _shown(self, name: str) -> Path:

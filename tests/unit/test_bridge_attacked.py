@@ -16,6 +16,7 @@ import ulid
 from filed import FiledPair
 from madsci_registryd.bridge import FREE_S
 from madsci_registryd.export import Export, Job
+from madsci_registryd.file_watch import FileWatch
 from madsci_registryd.passes import Passes
 from madsci_registryd.publication import BUSY_S
 from madsci_registryd.registry_file import FileFault, RegistryFile
@@ -321,7 +322,9 @@ def test_old_program_that_empties_a_large_file_says_one_thing(pair: FiledPair) -
 
 def test_look_that_breaks_does_not_end_the_looking(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A fault in the middle of a look is logged, and the thread looks on."""
-    passes = Passes(Export.__new__(Export))
+    export = Export.__new__(Export)
+    export.watch = FileWatch(tmp_path / "registry.json")
+    passes = Passes(export)
     with caplog.at_level(logging.ERROR):
         passes._look()
     assert "a look at registry.json broke" in caplog.text
