@@ -31,7 +31,9 @@ CREATE TABLE components (
     metadata        TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(metadata)),
     workcell_id     TEXT,                          -- carried for registry.json, not used
     created_session TEXT,                          -- session and sequence of the request that made it: a repeat of
-    created_seq     INTEGER                        -- that request is answered is_new as well
+    created_seq     INTEGER,                       -- that request is answered is_new as well
+    created_uid     INTEGER,                       -- who made it, NULL: before version 3, or an old program
+    last_uid        INTEGER                        -- who made or held it last, as far as that is known
 ) STRICT, WITHOUT ROWID;
 
 -- Client processes that have written something. A row goes when its session ends; what is here at a start is detached.

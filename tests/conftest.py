@@ -17,6 +17,7 @@ from lab_stub import LabStub
 from madsci_registry import RegistryClient
 from raw_client import RawProcess
 from real_madsci import real_madsci
+from sandbox import Sandbox
 from turned_clock import TurnedDaemon
 
 
@@ -32,6 +33,7 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory) -> None:
 def base_folder() -> Iterator[Path]:
     """A short path (socket addresses are), under which every registry of this run is; no daemon of it survives."""
     folder = Path(tempfile.mkdtemp(prefix="madsci-")).resolve()
+    folder.chmod(0o711)  # tests of several users open what lies in it
     yield folder
     left = daemons_under(folder)
     end_daemons_under(folder)
@@ -101,6 +103,13 @@ def plain(daemon: DaemonProcess) -> Iterator[RegistryClient]:
     """A client that looks on."""
     with RegistryClient(daemon.registry) as client:
         yield client
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    """A system of its own with a systemd, where one can be booted here."""
+    with Sandbox() as booted:
+        yield booted
 
 
 @pytest.fixture

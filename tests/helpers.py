@@ -65,6 +65,7 @@ def environment(**extra: str) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("MADSCI_")}
     env["PYTHONPATH"] = os.pathsep.join(str(PROJECT / part) for part in ("client", "daemon", "tests"))
     env["PYTHONWARNINGS"] = "error"
+    env["MADSCI_REGISTRYD_EPHEMERAL"] = "true"  # tests may run in a container, where temporary folders go with it
     return {**env, **extra}
 
 
@@ -76,6 +77,7 @@ class DaemonProcess:
         self.options = options
         self.socket = registry.parent / "run" / f"{registry.stem}.sock"
         self.lifeline = self.socket.with_suffix(".life")
+        self.extra_env: dict[str, str] = {}
         self.log_path = registry.parent / f"{registry.stem}.test.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -108,7 +110,7 @@ class DaemonProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment(),
+                env=environment(**self.extra_env),
             )
 
     def start(self) -> DaemonProcess:
@@ -172,12 +174,13 @@ class Worker:
     `ask` is a call and its answer; `tell` and `answer` are its halves, for what waits.
     """
 
-    def __init__(self, registry: Path, **extra_env: str) -> None:
+    def __init__(self, registry: Path, *, user: str = "", **extra_env: str) -> None:
+        """`user`: be UID:GID[:GROUP...], which takes root."""
         self._process = subprocess.Popen(
             [sys.executable, str(TESTS / "worker.py"), str(registry)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment(**{"MADSCI_REGISTRY_AUTOSTART": "0", **extra_env}),
+            env=environment(**{"MADSCI_REGISTRY_AUTOSTART": "0", "WORKER_USER": user, **extra_env}),
         )
         self._buffer = b""
 

@@ -77,8 +77,8 @@ class Pair:
         self.core.close()
         self._open()
 
-    def session(self, name: str, uid: int = 1000) -> Client:
-        return Client(self, name, uid)
+    def session(self, name: str, uid: int = 1000, *, is_admin: bool = True) -> Client:
+        return Client(self, name, uid, is_admin)
 
     def commit(self) -> None:
         """End the daemon's turn."""
@@ -93,6 +93,8 @@ class Pair:
         """Let time pass and the daemon do what is due."""
         self.clock.advance(seconds)
         self.turn()
+        while self.core.timers.next_s() == 0:
+            self.turn()
 
     def close(self) -> None:
         self.core.close()
@@ -101,8 +103,9 @@ class Pair:
 class Client:
     """One session."""
 
-    def __init__(self, pair: Pair, name: str, uid: int) -> None:
+    def __init__(self, pair: Pair, name: str, uid: int, is_admin: bool) -> None:
         self._pair = pair
+        self._is_admin = is_admin
         self.id = name
         self._seq = itertools.count(1)
         pair.core.registrar.add_session(
@@ -112,6 +115,7 @@ class Client:
                 process=Process(pid=4711, uid=uid, gid=uid, proof="pidfd"),
                 identity=Identity(4711, 1, 1, "boot", 1),
                 started_at="2026-01-01T00:00:00.000000Z",
+                is_admin=is_admin,
             )
         )
 
@@ -161,6 +165,7 @@ class Client:
         self._pair.core.registrar.commit()
 
     def resume(self) -> None:
+        self.record.is_admin = self._is_admin
         self._pair.core.registrar.attach(self.record)
         assert self.record.presence is Presence.ATTACHED
         self._pair.core.registrar.commit()

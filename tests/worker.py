@@ -3,15 +3,19 @@
 Calls of its own: `losses(count, patience_s)` waits for so many on_lost callbacks and returns [[name, token], ...];
 `held(name)`, `ensure(name)` ask the last Registration of that name; `hello` answers its pid; `fork` forks a child that
 sleeps until the worker's stdin closes, and answers the child's pid; `time_lookups(name, seconds)` answers how long each
-of its lookups took, in seconds; `change_metadata(name, seconds)` changes it all the time.
+of its lookups took, in seconds; `change_metadata(name, seconds)` changes it all the time; `flood(name, seconds)` looks
+it up in eight threads as fast as it can and answers how often; `knock(socket, patience_s)` sends rubbish to the
+requests' socket and tells whether anything came back.
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import sys
 import threading
@@ -20,10 +24,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import zmq
+
+import madsci_registry
 from madsci_registry import RegistryClient, RegistryError
 from madsci_registry.types import ComponentType
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
 
 
 class Obeyer:
@@ -86,6 +94,30 @@ class Obeyer:
             now = time.monotonic()
         return taken
 
+    def do_flood(self, name: str, seconds: float) -> int:
+        counts: list[int] = []
+
+        def ask() -> None:
+            ends, count = time.monotonic() + seconds, 0
+            while time.monotonic() < ends:
+                self.client.lookup(name)
+                count += 1
+            counts.append(count)
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return sum(counts)
+
+    def do_knock(self, socket: str, patience_s: float) -> bool:
+        with zmq.Context() as context, context.socket(zmq.REQ) as request:
+            request.setsockopt(zmq.LINGER, 0)
+            request.connect(f"ipc://{socket}")
+            request.send(b"no request")
+            return bool(request.poll(int(patience_s * 1000)))
+
     def do_change_metadata(self, name: str, seconds: float) -> int:
         ends, count = time.monotonic() + seconds, 0
         while time.monotonic() < ends:
@@ -113,7 +145,20 @@ def shown(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def become(user: str) -> None:
+    """Be another user (UID:GID[:GROUP...]) from now on; this interpreter may be one that such a user cannot read."""
+    for module in pkgutil.walk_packages(madsci_registry.__path__, "madsci_registry."):
+        importlib.import_module(module.name)
+    uid, gid, *groups = map(int, user.split(":"))
+    os.setgroups(groups)
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1)
+
+
 def main() -> None:
+    if user := os.environ.get("WORKER_USER"):
+        become(user)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     obeyer = Obeyer(sys.argv[1])
     for line in sys.stdin:

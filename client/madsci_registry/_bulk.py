@@ -15,8 +15,8 @@ from madsci_registry._session import Session
 from madsci_registry.errors import BusyError, InternalError
 from madsci_registry.types import ImportedEntry, ImportReport
 
-PIECE_ITEMS = 500
-"""Items of one resolve_many: its transaction holds up other clients for some ten milliseconds."""
+PIECE_ITEMS = 100
+"""Items of one resolve_many: its transaction holds up other clients for some milliseconds."""
 EXPORT_TRIES = 10
 CONNECTION_TRIES = 3
 """An import or a backup belongs to one connection; so often it begins anew where that ends."""
@@ -25,7 +25,7 @@ COPY_PAUSE_S = 0.005
 
 
 def pieces(items: list[Any]) -> Iterator[list[Any]]:
-    """Cut items into pieces that fit a frame each, of at most 500 items."""
+    """Cut items into pieces that fit a frame each, of at most 100 items."""
     piece: list[Any] = []
     size_bytes = 0
     for item in items:

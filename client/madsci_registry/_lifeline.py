@@ -20,8 +20,9 @@ from typing import Any
 
 from madsci_registry import protocol
 from madsci_registry._ledger import Key
+from madsci_registry._permission import closed_to_you
 from madsci_registry._transport import Channel, Reach
-from madsci_registry.errors import PermissionDeniedError, RegistryTimeoutError, UnavailableError, from_wire
+from madsci_registry.errors import RegistryTimeoutError, UnavailableError, from_wire
 
 _READ_BYTES = 65536
 WELCOME_MAX_BYTES = 64 << 20
@@ -239,7 +240,7 @@ def connect(
     except TimeoutError:
         raise RegistryTimeoutError(f"the daemon at {lifeline} does not answer") from None
     except PermissionError:
-        raise PermissionDeniedError(f"no permission to reach the daemon at {lifeline}", path=str(lifeline)) from None
+        raise closed_to_you(lifeline) from None
     except OSError as error:
         raise Absent(error.strerror) from None
 

@@ -343,6 +343,10 @@ class RegistryClient:
         status: dict[str, Any] = self._shared().ask(Ask({"op": "status"}, self.timeout, start=Start.NEVER))
         return status
 
+    def metrics(self) -> str:
+        """Return the daemon's metrics in the text format of Prometheus. Starts no daemon and waits for none."""
+        return str(self._shared().ask(Ask({"op": "metrics"}, self.timeout, start=Start.NEVER))["text"])
+
     # identities
 
     def rename(self, old: str, new: str, force: bool = False, *, id: str | None = None) -> Component:

@@ -89,7 +89,7 @@ class ResolveMany(Request):
     """Resolve many names, without waiting; each is answered by itself: {"results": [{"ok"} or {"error"}, ...]}."""
 
     op: Literal["resolve_many"] = "resolve_many"
-    items: Annotated[list[ResolveItem], MaxLen(1000)]
+    items: Annotated[list[ResolveItem], MaxLen(100)]
     instance: Annotated[str, MaxLen(128)]
     acquire_lock: bool = True
 
@@ -225,6 +225,13 @@ class Status(Request):
 
 
 @dataclass(slots=True, kw_only=True)
+class Metrics(Request):
+    """What Prometheus wants to know, in its text format: {"text": text}."""
+
+    op: Literal["metrics"] = "metrics"
+
+
+@dataclass(slots=True, kw_only=True)
 class Export(Request):
     """A page of the registry in the format of registry.json: {"registry": {version, created_at, updated_at},
     "entries": {name: entry}, "revision": n, "cursor": text or null}; another revision on a later page: begin anew."""
@@ -269,7 +276,7 @@ class Backup(Request):
 
 AnyRequest = Union[
     Resolve, ResolveMany, Release, ReleaseAll, Lookup, Get, Whois, List, Rename, Retire, Revive, SetMetadata, History,
-    Watch, Sessions, Status, Export, Import, BreakLock, Backup,
+    Watch, Sessions, Status, Metrics, Export, Import, BreakLock, Backup,
 ]  # fmt: skip
 REQUESTS: dict[str, type[Request]] = {cls.__dataclass_fields__["op"].default: cls for cls in AnyRequest.__args__}  # type: ignore[attr-defined]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -134,17 +136,43 @@ def status_of_report(report: ImportReport) -> int:
 
 
 @click.command("backup", cls=Command)
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", required=False, type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--into", type=click.Path(file_okay=False, path_type=Path), help="A folder for backups with dated names.")
+@click.option("--keep", type=click.IntRange(1), metavar="N", help="With --into: remove all but the N newest of them.")
 @click.pass_obj
-def backup_command(invocation: Invocation, file: Path) -> None:
+def backup_command(invocation: Invocation, file: Path | None, into: Path | None, keep: int | None) -> None:
     """Write a consistent copy of the database to FILE while the daemon serves; FILE is replaced whole.
 
     `madsci-registryd restore FILE` reads it.
     """
+    if (file is None) == (into is None):
+        raise click.UsageError("give either FILE or --into DIR")
+    if keep is not None and into is None:
+        raise click.UsageError("--keep goes with --into")
+    stem = invocation.endpoint().socket.stem
+    if into is not None:
+        into.mkdir(mode=0o700, exist_ok=True)
+        file = into / f"{stem}-{datetime.now(timezone.utc):%Y-%m-%dT%H%M%SZ}.db"
+    assert file is not None
     with invocation.client() as client:
         client.backup(file)
+    removed = rotate(file, stem, keep) if into is not None and keep is not None else []
     size_bytes = file.stat().st_size
     if invocation.as_json:
-        print_json({"file": str(file), "bytes": size_bytes})
-    else:
-        invocation.say(f"{size_bytes} bytes written to {file}.")
+        gone = {"removed": [str(old) for old in removed]} if into is not None else {}
+        print_json({"file": str(file), "bytes": size_bytes, **gone})
+        return
+    invocation.say(f"{size_bytes} bytes written to {file}.")
+    for old in removed:
+        invocation.say(f"Removed {old}.")
+
+
+def rotate(new: Path, stem: str, keep: int) -> list[Path]:
+    """Remove the oldest of a registry's backups beside the `new` one, so that `keep` are left with it; return those."""
+    dated = re.compile(rf"{re.escape(stem)}-\d{{4}}-\d\d-\d\dT\d{{6}}Z\.db")
+    # The new one stays, whatever the clock said when it was named.
+    others = sorted(path for path in new.parent.iterdir() if dated.fullmatch(path.name) and path != new)
+    old = others[: max(len(others) - keep + 1, 0)]
+    for path in old:
+        path.unlink(missing_ok=True)
+    return old

@@ -6,13 +6,14 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 
-_LOG_FORMAT = "%(asctime)s.%(msecs)03dZ level=%(levelname)s pid=%(process)d at=%(name)s %(message)s"
+log = logging.getLogger(__name__)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -22,6 +23,7 @@ _LOG_FORMAT = "%(asctime)s.%(msecs)03dZ level=%(levelname)s pid=%(process)d at=%
 @click.option("--log-level", help="debug, info, warning or error.")
 @click.option("--idle-exit", type=float, metavar="SECONDS", help="End when there was no client for so long.")
 @click.option("--export/--no-export", default=None, help="Keep registry.json for MADSci's own programs (default).")
+@click.option("--ephemeral", is_flag=True, default=None, help="In a container: the registry may go with it.")
 @click.option("--config", type=click.Path(path_type=Path), help="A TOML file with the same settings.")
 @click.option("--autostarted", is_flag=True, hidden=True)
 @click.version_option(version("madsci-registryd"), prog_name="madsci-registryd")
@@ -34,19 +36,19 @@ def main(context: click.Context, /, config: Path | None, autostarted: bool, **gi
     if autostarted and context.invoked_subcommand is None:
         _detach()
     from madsci_registryd.faults import StartFault
-    from madsci_registryd.settings import load
+    from madsci_registryd.journal import set_up
+    from madsci_registryd.settings import Places, journal_stream, load
 
+    handler = set_up(journal_stream())
     try:
         settings = load(given, config)
     except StartFault as fault:
         _fail(fault, autostarted)
-    logging.Formatter.converter = __import__("time").gmtime
-    logging.basicConfig(
-        stream=sys.stderr, level=settings.log_level.upper(), format=_LOG_FORMAT, datefmt="%Y-%m-%dT%H:%M:%S"
-    )
+    logging.getLogger().setLevel(settings.log_level.upper())
+    handler.registry = str(Places(settings).registry)
     context.obj = settings
     if context.invoked_subcommand is None:
-        sys.exit(_serve(settings, autostarted))
+        sys.exit(_serve(settings, autostarted, config, lambda: load(given, config)))
 
 
 @main.command()
@@ -69,14 +71,21 @@ def verify(settings: Any) -> None:
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--token-floor",
+    type=click.IntRange(0, (1 << 53) - 1),
+    default=0,
+    metavar="TOKEN",
+    help="Where the clock is off: let every later fencing token be above this one, the highest that a device saw.",
+)
 @click.pass_obj
-def restore(settings: Any, file: Path) -> None:
+def restore(settings: Any, file: Path, token_floor: int) -> None:
     """Bring back what the backup FILE knows, and keep what the database knows beyond it; the daemon must not run."""
     from madsci_registryd.faults import StartFault
     from madsci_registryd.restore import restore_backup
 
     try:
-        report = restore_backup(settings, file)
+        report = restore_backup(settings, file, token_floor)
     except StartFault as fault:
         _fail(fault, False)
     for line in report:
@@ -107,11 +116,13 @@ def rollback(settings: Any) -> None:
     )
 
 
-def _serve(settings: Any, autostarted: bool) -> int:
+def _serve(settings: Any, autostarted: bool, config: Path | None, reload: Callable[[], Any]) -> int:
     from madsci_registryd.app import App
     from madsci_registryd.faults import AlreadyServed, StartFault
+    from madsci_registryd.settings import supervision
 
-    app = App(settings)
+    # Without a file there is nothing to read anew, and SIGHUP ends the daemon with its terminal.
+    app = App(settings, config=config, reload=reload if config else None, supervision=supervision())
     try:
         app.start()
     except AlreadyServed as fault:
@@ -147,7 +158,12 @@ def _report(message: dict[str, Any]) -> None:
 def _fail(fault: Any, autostarted: bool) -> None:
     if autostarted:
         _report({"error": fault.error.to_wire()})
-    click.echo(f"madsci-registryd: {fault}", err=True)
+    from madsci_registryd import journal, messages
+
+    if journal.is_in_use():
+        log.critical("%s", fault, extra=messages.NOT_STARTED(status=fault.status))
+    else:  # a person reads it, or whoever started us
+        click.echo(f"madsci-registryd: {fault}", err=True)
     sys.exit(fault.status)
 
 

@@ -12,28 +12,35 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from madsci_registry import protocol as p
-from madsci_registryd import database, facts, fragments, holders
+from madsci_registryd import database, facts, fragments, holders, messages, surroundings
+from madsci_registryd.admission import Admission
 from madsci_registryd.batch import Write, always
 from madsci_registryd.bridge import Bridge
 from madsci_registryd.clock import SystemClock, iso
 from madsci_registryd.core import Core
 from madsci_registryd.export import Export
-from madsci_registryd.faults import CorruptDatabase, StartFault, StorageFault, os_fault
+from madsci_registryd.faults import BadConfiguration, CorruptDatabase, StartFault, StorageFault, os_fault
 from madsci_registryd.holders import Life
 from madsci_registryd.instance import InstanceLock
 from madsci_registryd.lifelines import Lifelines
 from madsci_registryd.locks import Session
 from madsci_registryd.loop import Loop, Turn
+from madsci_registryd.outlets import Outlets
 from madsci_registryd.passes import Passes
 from madsci_registryd.server import Server
-from madsci_registryd.settings import Places, Settings
+from madsci_registryd.settings import NO_SUPERVISION, Places, Settings, Supervision, in_container
 from madsci_registryd.sockets import ListeningPath
+from madsci_registryd.supervisor import Supervisor, passed_sockets
 from madsci_registryd.transaction import Tx
+
+if TYPE_CHECKING:
+    from madsci_registryd.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -48,19 +55,35 @@ SWITCH_S = 0.0005
 """How long another thread may keep the loop waiting; Python's own 5 ms would be the file thread's each time."""
 LOCK_EVENTS_KEPT = 1_000_000
 LOCK_EVENTS_KEPT_S = 30 * 86400.0
+START_LONGER_S = 600.0
+"""What a check of the whole database may take."""
 
 
 class App:
     """One daemon, from `start()` through `run()` to `close()`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        config: Path | None = None,
+        reload: Callable[[], Settings] | None = None,
+        supervision: Supervision = NO_SUPERVISION,
+    ) -> None:
+        """`config` is the settings' file, for messages; `reload` reads them anew, at SIGHUP; None: there is none."""
         self.settings = settings
+        self._reload = reload
+        self._must_reload = False
+        self._config = str(config or "the daemon's settings")
+        self._supervision = supervision
+        self.supervisor = Supervisor(supervision)
         self.places = Places(settings)
         self.clock = SystemClock()
-        self.loop = Loop()
+        self.loop = Loop(self.clock.monotonic)
         self.why_stop: str | None = None
         self.passes: Passes | None = None
         self.bridge: Bridge | None = None
+        self._metrics: Metrics | None = None
         self._busy_at = self.clock.monotonic()
 
     # start
@@ -84,13 +107,17 @@ class App:
             raise database.start_fault(error, self.places.database) from error
         if after_error:
             self.service.no_grants_before = self.clock.monotonic() + p.GRACE_S
-        self.instance.note(
-            pid=os.getpid(), socket=str(self.places.socket), **({"io_error": notes["io_error"]} if after_error else {})
-        )
+        self._note(**({"io_error": notes["io_error"]} if after_error else {}))
+        self._watch_signals()  # first: whoever finds us listening may tell us to stop
         self.server.bind()
         self.lifelines.bind()
         self._watch_world(after_error)
-        log.info("serving registry=%s socket=%s epoch=%d", self.places.registry, self.places.socket, self.core.epoch)
+        self.supervisor.ready(f"serving {self.places.registry}")
+        where = self.places.registry, self.places.socket, self.core.epoch
+        log.info("serving registry=%s socket=%s epoch=%d", *where, extra=messages.STARTED(version=VERSION))
+
+    def _note(self, **more: Any) -> None:
+        self.instance.note(pid=os.getpid(), socket=str(self.places.socket), epoch=self.core.epoch, **more)
 
     def _limits(self) -> None:
         """As many descriptors as allowed: libzmq aborts when they run out."""
@@ -98,16 +125,19 @@ class App:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     def _folders(self) -> None:
+        surroundings.check_user(os.geteuid())
         folder = self.places.state
         try:
             folder.mkdir(mode=0o755, exist_ok=True)
             self._folder_identity = _identity(folder)
         except OSError as error:
             raise os_fault(error, str(folder)) from error
-        database.check_file_system(folder)
+        surroundings.check_file_system(folder, lasting=in_container() and not self.settings.ephemeral)
 
     def _check_after_error(self) -> None:
-        log.warning("the last daemon ended with an I/O error: checking the whole database")
+        text = "the last daemon ended with an I/O error: checking the whole database"
+        log.warning(text, extra=messages.CHECKING_AFTER_IO_ERROR())
+        self.supervisor.starting_for(START_LONGER_S)
         found = database.faults_of(self.db)
         if found:
             where = str(self.places.database)
@@ -116,18 +146,39 @@ class App:
     def _build(self) -> None:
         self.host = socket.gethostname()
         self.proof = holders.best_proof(self.settings.proof)
-        self.started_at = iso(self.clock.wall())
-        self.core = Core(self.db, self.places.database, self.clock, host=self.host, status=self.status)
-        self.registrar, self.service, self.timers = self.core.registrar, self.core.service, self.core.timers
-        self.server = Server(ListeningPath(self.places.socket))
-        self.lifelines = Lifelines(
-            ListeningPath(self.places.lifeline),
-            self.loop,
-            self.core,
-            version=VERSION,
-            sessions_per_uid=self.settings.sessions_per_uid,
-            best_proof=self.settings.proof,
+        self._started_s = self.clock.wall()
+        self.started_at = iso(self._started_s)
+        self.core = Core(
+            self.db,
+            self.places.database,
+            self.clock,
+            host=self.host,
+            status=self.status,
+            metrics=self.metrics,
+            epoch_floor=self.instance.noted_epoch(),
+            admission=self._admission(self.settings),
+            limits=self.settings.limits,
         )
+        self.loop.worked = self.core.meters.turns.add
+        self.registrar, self.service, self.timers = self.core.registrar, self.core.service, self.core.timers
+        requests, lifeline = self._listening_paths()
+        self.server = Server(requests, self.service.admission, self.core.quotas, self.clock)
+        self.server.is_busy = self.core.handlers.is_busy
+        self.lifelines = Lifelines(
+            lifeline, self.loop, self.core, version=VERSION, config=self._config, best_proof=self.settings.proof
+        )
+
+    def _listening_paths(self) -> list[ListeningPath]:
+        given = passed_sockets(self._supervision.sockets)
+        paths = [self.places.socket, self.places.lifeline]
+        for path in given:
+            if path not in paths:
+                raise BadConfiguration(f"the service manager passed {path}; this daemon's sockets are {paths}")
+        return [ListeningPath(path, given.get(path), owns_folder=self.places.owns_socket_folder) for path in paths]
+
+    def _admission(self, settings: Settings) -> Admission:
+        group = self.places.state.stat().st_gid
+        return Admission(settings.access, settings.allow_uids, os.geteuid(), group, settings.admin_gid)
 
     def _open_file(self) -> None:
         """Bring registry.json and the database together, and begin to keep the file."""
@@ -159,13 +210,20 @@ class App:
     def _watch_world(self, after_error: bool) -> None:
         self.loop.watch(self.server.fd, Turn.REQUESTS, self.server.wake)
         self.timers.every(LOOK_AFTER_S, self._look_after)
+        if self.supervisor.alive_every_s is not None:
+            self.supervisor.alive()
+            self.timers.every(self.supervisor.alive_every_s, self.supervisor.alive)
         if self.passes is not None:
             self.loop.watch(self.passes.fd, Turn.REQUESTS, self._take_passes)
             self.passes.start()
             sys.setswitchinterval(SWITCH_S)
         self.timers.after(TRIM_S, self._trim)
+        listen = self.settings.metrics_address
+        self.outlets = Outlets(self.clock, self.timers, self.metrics, listen=listen, file=self.settings.metrics_file)
         if after_error:
             self.timers.after(p.GRACE_S, self._end_grace)
+
+    def _watch_signals(self) -> None:
         wake, signalled = socket.socketpair()
         wake.setblocking(False)
         signalled.setblocking(False)
@@ -174,14 +232,20 @@ class App:
         self.loop.watch(wake.fileno(), Turn.DEATHS, lambda events: _read_all(wake))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        if self._reload is not None:
+            signal.signal(signal.SIGHUP, self._on_hangup)
 
     def _take_passes(self, events: int) -> None:
         assert self.passes is not None and self.bridge is not None
         for done in self.passes.take():
+            self.core.meters.passed(done.result)
             self.bridge.done(done.result, done.was_asked)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.why_stop = signal.Signals(number).name
+
+    def _on_hangup(self, number: int, frame: Any) -> None:
+        self._must_reload = True
 
     # run
 
@@ -189,12 +253,42 @@ class App:
         """Serve until told to stop; returns the exit status."""
         try:
             while self.why_stop is None:
+                if self._must_reload:
+                    self.reload()
                 self._turn()
             self._turn()  # what was said before the stop is still done: a release must not be lost
         except (StorageFault, database.DatabaseError) as error:
             self._die(error)
-        log.info("stopping: %s", self.why_stop)
+        self.supervisor.stopping()
+        log.info("stopping: %s", self.why_stop, extra=messages.STOPPED())
         return 0
+
+    def reload(self) -> None:
+        """Read the settings anew and take over what can be changed while serving; a fault in them changes nothing."""
+        assert self._reload is not None
+        self._must_reload = False
+        self.supervisor.reloading()
+        try:
+            new = self._reload()
+            changed = {"allow_uids": new.allow_uids, "admin_group": new.admin_group}
+            admission = self._admission(self.settings.model_copy(update=changed))
+            self.server.admit(admission)
+            self.lifelines.admit(admission)
+        except (StartFault, OSError) as fault:
+            log.warning("the settings are not reloaded: %s", fault, extra=messages.NOT_RELOADED())
+        else:
+            self._take_settings(new)
+        self.supervisor.ready(f"serving {self.places.registry}")
+
+    def _take_settings(self, new: Settings) -> None:
+        changed = [key for key in Settings.model_fields if getattr(new, key) != getattr(self.settings, key)]
+        taken = {key: getattr(new, key) for key in changed if key in Settings.RELOADED}
+        self.settings = self.settings.model_copy(update=taken)
+        self.core.quotas.limits = self.settings.limits
+        logging.getLogger().setLevel(self.settings.log_level.upper())
+        late = ", ".join(key for key in changed if key not in taken) or "nothing"
+        text = "settings reloaded; changed: %s; changed, but only with a restart: %s"
+        log.info(text, ", ".join(taken) or "nothing", late, extra=messages.RELOADED())
 
     def _turn(self) -> None:
         self.timers.run_due()
@@ -208,7 +302,7 @@ class App:
     def _die(self, error: Exception) -> NoReturn:
         """An I/O error: what was being committed may or may not be on disk, so nothing more is said, not even by
         closing files in order. The next daemon checks the database and lets holders come back first."""
-        log.critical("I/O error, exiting: %s", error)
+        log.critical("I/O error, exiting: %s", error, extra=messages.IO_ERROR())
         self.instance.note(pid=None, io_error=holders.boot_id())
         os._exit(StorageFault.status)
 
@@ -222,13 +316,16 @@ class App:
         try:
             if not self.server.path.is_ours():
                 self.server.bind()
-                log.warning("the socket %s was gone: made again", self.places.socket)
+                self._say_made_again(self.places.socket)
             if not self.lifelines.path.is_ours():
                 self.lifelines.bind()
-                log.warning("the socket %s was gone: made again", self.places.lifeline)
+                self._say_made_again(self.places.lifeline)
         except (StartFault, OSError) as error:
-            log.warning("cannot listen: %s", error)
+            log.warning("cannot listen: %s", error, extra=messages.CANNOT_LISTEN())
         self._look_idle()
+
+    def _say_made_again(self, path: Path) -> None:
+        log.warning("the socket %s was gone: made again", path, extra=messages.SOCKET_MADE_AGAIN(path=path))
 
     def _is_folder_ours(self) -> bool:
         try:
@@ -239,9 +336,11 @@ class App:
     def _save_database(self) -> None:
         """Somebody deleted the database under us: write what we have to its place, and start anew on that."""
         if self.places.database.exists():
-            log.critical("%s was replaced while it was served: leaving it to the next start", self.places.database)
+            text = "%s was replaced while it was served: leaving it to the next start"
+            log.critical(text, self.places.database, extra=messages.DATABASE_REPLACED())
             os._exit(StorageFault.status)
-        log.critical("%s was deleted while it was served: writing it again", self.places.database)
+        text = "%s was deleted while it was served: writing it again"
+        log.critical(text, self.places.database, extra=messages.DATABASE_DELETED())
         copy = self.places.database.with_name(f"{self.places.database.name}.copy-saved")
         for old in ("-wal", "-shm"):
             Path(f"{self.places.database}{old}").unlink(missing_ok=True)
@@ -251,9 +350,9 @@ class App:
             copy.rename(self.places.database)
             database.sync_folder(self.places.state)
         except (database.DatabaseError, OSError) as error:
-            log.critical("could not write it: %s", error)
+            log.critical("could not write it: %s", error, extra=messages.DATABASE_NOT_SAVED())
             return
-        log.critical("the database is written again: starting anew on it")
+        log.critical("the database is written again: starting anew on it", extra=messages.DATABASE_SAVED())
         os._exit(StorageFault.status)  # at once: what were committed now would go with the deleted file
 
     def _look_idle(self) -> None:
@@ -277,9 +376,17 @@ class App:
 
     def _end_grace(self) -> None:
         """Holders had their time after an I/O error: names may be granted again."""
-        self.instance.note(pid=os.getpid(), socket=str(self.places.socket))
+        self._note()
         for name in {claim.name for claim in self.registrar.queues}:
             self.registrar.reconsider(name)
+
+    def metrics(self) -> str:
+        """Say in Prometheus' text format what the daemon counts, and how it stands."""
+        if self._metrics is None:
+            from madsci_registryd.metrics import Metrics  # 40 ms, for those only who want it
+
+            self._metrics = Metrics(self.core, self.status, self.places.database, self._started_s)
+        return self._metrics.text()
 
     def status(self) -> dict[str, Any]:
         """Say what the daemon is and does."""
@@ -311,6 +418,7 @@ class App:
             "held": held,
             "sessions": len(self.registrar.sessions),
             "waiting": len(self.registrar.queues),
+            "access": self.settings.access,
             "proof": self.proof,
             "export": self.bridge.status() if self.bridge is not None else {"state": "off"},
             "degraded": degraded,
@@ -318,6 +426,7 @@ class App:
 
     def close(self) -> None:
         """Tell the clients, close the sockets, then the database; locks stay in it for the next daemon."""
+        self.outlets.close()
         self.registrar.close()
         self.lifelines.close()
         self.server.close()
@@ -325,6 +434,7 @@ class App:
             self.passes.stop()
             self.bridge.close()
         self.core.close()
+        self.supervisor.close()
         self.instance.close()
         signal.set_wakeup_fd(-1)
         for sock in self._wake:

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from madsci_registry.errors import InternalError, NoSpaceError, RegistryError
+from madsci_registryd import messages
 from madsci_registryd.clock import Clock, iso
 from madsci_registryd.database import DISK_ERRORS, Connection, DatabaseError, DiskFullError, set_synchronous
 from madsci_registryd.faults import StorageFault
 from madsci_registryd.locks import Claim, Presence, Session
+from madsci_registryd.meters import Meters
 from madsci_registryd.service import Service
 from madsci_registryd.transaction import Tx
 
@@ -45,13 +47,20 @@ class Batch:
     """Runs writes. Belongs to the thread that owns the database."""
 
     def __init__(
-        self, db: Connection, service: Service, clock: Clock, is_dead: Callable[[Session], bool], path: str
+        self,
+        db: Connection,
+        service: Service,
+        clock: Clock,
+        is_dead: Callable[[Session], bool],
+        path: str,
+        meters: Meters,
     ) -> None:
         self._db = db
         self._service = service
         self._clock = clock
         self._is_dead = is_dead
         self._path = path
+        self._meters = meters
         self._full = True
 
     def run(self, writes: list[Write]) -> Tx | None:
@@ -65,15 +74,20 @@ class Batch:
             if tx.durable and not durable:
                 self._rollback()
                 tx, results = self._apply(writes, durable=True)
+            before = self._clock.monotonic()
             self._db.execute("COMMIT")
+            took_s = self._clock.monotonic() - before
         except DiskFullError:
             self._rollback()
             full = NoSpaceError(f"no space left for {self._path}; reads go on", path=self._path)
+            log.warning("%s", full, extra=messages.DISK_FULL())
+            self._meters.disk_full += 1
             for write in writes:
                 write.done(full)
             return None
         except DatabaseError as error:
             raise StorageFault(f"{type(error).__name__}: {error}") from error
+        self._meters.committed(tx, len(writes), took_s, synced=self._full)
         for session in tx.stored:
             session.stored = True
         for session in tx.ended:
@@ -102,7 +116,7 @@ class Batch:
         except DISK_ERRORS:
             raise
         except Exception:  # the outer loop of a step: a fault of ours spoils only its own request
-            log.exception("a write broke")
+            log.exception("a write broke", extra=messages.FAULT())
             result = InternalError("the daemon has a fault; it was logged, and nothing changed")
         if isinstance(result, RegistryError):
             if not self._db.in_transaction:

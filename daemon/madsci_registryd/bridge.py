@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from madsci_registry.errors import BusyError, NoSpaceError, RegistryError
-from madsci_registryd import fragments
+from madsci_registryd import fragments, messages
 from madsci_registryd.clock import iso
 from madsci_registryd.core import Core
 from madsci_registryd.export import Export, Gone, Job, Outcome, Result, Want
@@ -134,7 +134,8 @@ class Bridge(Publication):
         free = {name for name in self.claimed if self._is_free(name)}
         result = self._export.run(Job(put=self._put, drop=free))
         if result.busy or result.fault is not None:
-            log.warning("registry.json is as it was before the last changes; the next start writes it")
+            text = "registry.json is as it was before the last changes; the next start writes it"
+            log.warning(text, extra=messages.REGISTRY_JSON_BEHIND())
         self._export.close()
 
     # what waits for the file
@@ -334,7 +335,8 @@ class Bridge(Publication):
         row = self._store.by_name(name)
         if outcome.held and row is not None and row.lock is not None and name not in self._contested:
             self._contested.add(name)
-            log.error("%r is held by a new program and by %s", name, outcome.held.label)
+            text, extra = "%r is held by a new program and by %s", messages.HELD_TWICE(name=name)
+            log.error(text, name, outcome.held.label, extra=extra)
             self._intake.refuse(Refusal("lock", name, "a new program has it; both go on", outcome.held))
 
     def _note_exported(self, revision: int | None) -> None:
@@ -354,7 +356,8 @@ class Bridge(Publication):
     def _note_state(self, result: Result) -> None:
         if not result.busy:
             if str(result.fault or "") != str(self._fault or ""):
-                log.warning("registry.json: %s", result.fault or "it is written again")
+                kind = messages.REGISTRY_JSON_FAILING if result.fault else messages.REGISTRY_JSON_KEPT_AGAIN
+                log.warning("registry.json: %s", result.fault or "it is written again", extra=kind())
             self._fault = result.fault
             self.is_off = result.fault is not None and result.fault.lasting
         self._is_busy = result.busy
@@ -362,7 +365,8 @@ class Bridge(Publication):
             self._written_at = iso(self._clock.wall())
         if result.aside is not None:
             self._aside = result.aside
-            log.error("registry.json was not whole: it is %s now, and written from the database", result.aside)
+            text = "registry.json was not whole: it is %s now, and written from the database"
+            log.error(text, result.aside, extra=messages.REGISTRY_JSON_PUT_ASIDE(path=result.aside))
 
     def status(self) -> dict[str, Any]:
         """Say how it stands with the file, and which old programs were seen to write it since the daemon began."""

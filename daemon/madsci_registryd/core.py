@@ -9,6 +9,7 @@ from typing import Any
 
 import ulid
 
+from madsci_registryd.admission import Admission
 from madsci_registryd.backups import Backups
 from madsci_registryd.batch import Batch
 from madsci_registryd.clock import Clock, Timers, iso
@@ -17,11 +18,14 @@ from madsci_registryd.handlers import Handlers
 from madsci_registryd.identities import TOKENS_A_TERM
 from madsci_registryd.imports import Imports
 from madsci_registryd.locks import Queues, Session
+from madsci_registryd.meters import Meters
+from madsci_registryd.quotas import Limits, Quotas, Usage
 from madsci_registryd.reads import Reads
 from madsci_registryd.registrar import Registrar
 from madsci_registryd.service import OutsideStage, Service
 from madsci_registryd.store import Store
 from madsci_registryd.transaction import Tx
+from madsci_registryd.watchers import Watchers
 
 
 class Core:
@@ -35,7 +39,11 @@ class Core:
         *,
         host: str,
         status: Callable[[], dict[str, Any]],
+        metrics: Callable[[], str] = str,
         stage: OutsideStage | None = None,
+        epoch_floor: int = 0,
+        admission: Admission | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.db = db
         self.clock = clock
@@ -43,23 +51,39 @@ class Core:
         self.store = Store(db)
         self.queues = Queues()
         self.registrar = Registrar(clock, self.timers, self.queues)
-        self.epoch = self._next_epoch()
+        self.epoch = self._next_epoch(epoch_floor)
         sessions = self.registrar.sessions
         self.service = Service(
             self.store, self.queues, sessions.get, lambda: str(ulid.ULID()), epoch=self.epoch, host=host, stage=stage
         )
-        reads = Reads(self.service, sessions.values, clock, status)
-        self.registrar.open(self.service, reads, Batch(db, self.service, clock, self._is_dead, str(database)))
+        self.quotas = Quotas(limits or Limits(), clock)
+        self._open_quotas(admission or Admission("owner", frozenset(), os.geteuid(), os.getegid()))
+        reads = Reads(self.service, sessions.values, clock, status, metrics)
+        self.meters = Meters()
+        self.registrar.watchers = Watchers(reads, self.quotas, clock, self.timers)
+        batch = Batch(db, self.service, clock, self._is_dead, str(database), self.meters)
+        self.registrar.open(self.service, reads, batch)
         self.backups = Backups(db, database)
         self.registrar.at_end.append(self.backups.end)
-        self.handlers = Handlers(self.registrar, Imports(self.registrar), self.backups, self.epoch)
+        self.handlers = Handlers(self.registrar, Imports(self.registrar), self.backups, self.epoch, self.meters)
+
+    def _open_quotas(self, admission: Admission) -> None:
+        service, quotas, clock = self.service, self.quotas, self.clock
+        service.admission, service.quotas = admission, quotas
+        service.names = Usage("names", quotas, clock, self.store.names_of_uid)
+        service.locks = Usage("locks", quotas, clock, self.store.locks_of_uid)
+        service.waiting = Usage("requests", quotas, clock, self._waiting_of_uid)
+
+    def _waiting_of_uid(self, uid: int) -> int:
+        sessions = self.registrar.sessions
+        return sum(sessions[claim.owner.session].uid == uid for claim in self.queues if claim.owner.session in sessions)
 
     def _is_dead(self, session: Session) -> bool:
         return self.registrar.is_dead(session)
 
-    def _next_epoch(self) -> int:
-        """Return a number above every epoch and term that an earlier start can have used."""
-        stored = int(self.store.meta("epoch") or 0)
+    def _next_epoch(self, floor: int) -> int:
+        """Return a number above every epoch and term that an earlier start can have used; `floor` is one that did."""
+        stored = max(int(self.store.meta("epoch") or 0), floor)
         return max(stored + 1, int(self.clock.wall()), self.store.highest_token() // TOKENS_A_TERM + 1)
 
     def begin(self, version: str, judge: Callable[[Tx, Session], None]) -> None:

@@ -7,6 +7,7 @@ drops SQLite's POSIX locks. What is looked at by plain reads is looked at before
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 from contextlib import suppress
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import apsw
 
-from madsci_registryd import migrations
+from madsci_registryd import messages, migrations
 from madsci_registryd.faults import (
     BadConfiguration,
     CannotCreate,
@@ -25,6 +26,8 @@ from madsci_registryd.faults import (
     StartFault,
 )
 
+log = logging.getLogger(__name__)
+
 Connection = apsw.Connection
 DatabaseError = apsw.Error
 DiskFullError = apsw.FullError
@@ -33,9 +36,6 @@ DISK_ERRORS = (apsw.FullError, apsw.IOError, apsw.CorruptError, apsw.NotADBError
 
 OLDEST_SQLITE = 3051003
 """3.51.3: an older one can lose a commit when the WAL is reset (sqlite.org, "WAL reset bug")."""
-
-# No POSIX locks, or locks that two hosts do not share: a second daemon would not be noticed.
-_SHARED_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "ceph", "glusterfs", "lustre", "afs")
 
 
 def open_database(path: Path) -> apsw.Connection:
@@ -86,33 +86,6 @@ def check_header(path: Path) -> None:
     _check_version(user_version, path)
 
 
-def check_file_system(folder: Path) -> None:
-    """Refuse a folder whose file system is shared over a network or foreign, where locks do not hold.
-
-    Raises: BadConfiguration, with the way out in its message.
-    """
-    kind = file_system(folder)
-    if kind in _SHARED_FILE_SYSTEMS or kind.startswith("fuse"):
-        raise BadConfiguration(
-            f"{folder} is on {kind}, where SQLite's locks do not hold; keep the database on a local disk: "
-            f"madsci-registryd --registry {folder}/NAME.json --state-dir /var/tmp/madsci-registry, and set "
-            f"MADSCI_REGISTRY_SOCKET=/var/tmp/madsci-registry/run/NAME.sock for the clients",
-            path=str(folder),
-        )
-
-
-def file_system(folder: Path) -> str:
-    """Name the type of the file system that holds a folder, 'unknown' where the kernel does not say."""
-    device = folder.stat().st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with suppress(OSError), Path("/proc/self/mountinfo").open(errors="surrogateescape") as mounts:
-        for line in mounts:
-            fields, _, rest = line.partition(" - ")
-            if fields.split()[2] == wanted:
-                return rest.split()[0]
-    return "unknown"
-
-
 def _set_up(db: apsw.Connection) -> None:
     db.set_busy_timeout(0)  # nobody else may have it open: waiting would only hide that
     pragmas = (
@@ -158,14 +131,22 @@ def _ensure_schema(db: apsw.Connection, path: Path) -> None:
         migrations.create(db)
         sync_folder(path.parent)
     _check_version(int(str(db.pragma("user_version"))), path)
-    migrations.migrate(db, lambda version: copy_to(db, path.with_name(f"{path.name}.before-v{version + 1}")))
+    before = migrations.migrate(db, lambda version: copy_to(db, _before(path)))
+    if before < migrations.VERSION:
+        text, extra = "%s: schema %d is %d now; as it was: %s", messages.SCHEMA_MIGRATED(before=before)
+        log.warning(text, path, before, migrations.VERSION, _before(path), extra=extra)
+
+
+def _before(path: Path) -> Path:
+    return path.with_name(f"{path.name}.before-v{migrations.VERSION}")
 
 
 def _check_version(found: int, path: Path) -> None:
     if found > migrations.VERSION:
         raise NotOurDatabase(
             f"{path} has schema {found}, this program knows {migrations.VERSION}: it was written by a newer "
-            "madsci-registryd; install that one again, or restore a backup made before the upgrade",
+            f"madsci-registryd. Install that one again; or, to go back, move {path} and its -wal away and "
+            f"madsci-registryd restore {path}.before-v{found}",
             path=str(path),
         )
 

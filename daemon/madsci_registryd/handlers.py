@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -21,16 +22,21 @@ from madsci_registry.errors import (
     StaleEpochError,
     TooLargeError,
 )
+from madsci_registryd import messages
 from madsci_registryd.backups import Backups
 from madsci_registryd.database import DatabaseError
 from madsci_registryd.export import Want
 from madsci_registryd.faults import StorageFault
 from madsci_registryd.imports import Imports
 from madsci_registryd.locks import Presence, Session
+from madsci_registryd.meters import UNREAD, Meters
 from madsci_registryd.old_programs import OldPrograms
 from madsci_registryd.registrar import Answer, Registrar, outcome
 
 log = logging.getLogger(__name__)
+
+PREPARING_OF_A_USER = 16
+"""Where users take turns: what comes of so many names is some milliseconds' work, in one turn."""
 
 
 class Read(NamedTuple):
@@ -57,9 +63,13 @@ class Parks(NamedTuple):
 class Handlers:
     """The operations of the protocol."""
 
-    def __init__(self, registrar: Registrar, imports: Imports, backups: Backups, epoch: int) -> None:
+    def __init__(self, registrar: Registrar, imports: Imports, backups: Backups, epoch: int, meters: Meters) -> None:
         self._registrar = registrar
+        self._meters = meters
         self._epoch = epoch
+        self._backups = backups
+        self._preparing: Counter[int] = Counter()
+        """How many names of each user wait to be shown to old programs."""
         self._decode = p.request_validator().validate_json
         self._decode_line = p.line_validator().validate_json
         service, reads = registrar.service, registrar.reads
@@ -71,9 +81,10 @@ class Handlers:
             p.History: Read(reads.history),
             p.Sessions: Read(reads.sessions),
             p.Status: Read(reads.status),
+            p.Metrics: Read(reads.metrics),
             p.Export: Read(reads.export),
-            p.Backup: Read(backups.backup),
-            p.Watch: Parks(registrar.watch),
+            p.Backup: Read(self._backup),
+            p.Watch: Parks(registrar.watchers.add),
             p.Resolve: Change(service.resolve, self._resolves_known, lambda old, who, r: old.for_resolve(who, r)),
             p.ResolveMany: Change(service.resolve_many, wants=lambda old, who, r: old.for_many(who, r)),
             p.Release: Change(service.release, lambda r: True),
@@ -86,42 +97,62 @@ class Handlers:
             p.Import: Parks(imports.receive),
         }
 
-    def request(self, frame: bytes, answer: Answer) -> None:
-        """Do what a frame asks; `answer` is called now, after the turn's commit, or when a wait is over."""
+    def request(self, frame: bytes, answer: Answer) -> int | None:
+        """Do what a frame asks, and return whose it was (uid); `answer` is called now, after the turn's commit, or when
+        a wait is over."""
+        who = None
+        verb = UNREAD
+        meters = self._meters
         try:
             request = self._decode_request(frame)
+            verb = request.op  # type: ignore[attr-defined]  # each of the union has one
             who = self._session_of(request)
             handler = self._table[type(request)]
             if isinstance(handler, Read):
                 answer({"ok": handler.verb(who, request)})
+                meters.requests[verb, "ok"] += 1
             elif isinstance(handler, Change):
-                self._change(who, request, handler, answer)
+                self._change(who, request, handler, partial(meters.counted, verb, answer))
             else:
-                handler.verb(who, request, answer)
+                handler.verb(who, request, partial(meters.counted, verb, answer))
         except RegistryError as error:
-            answer(outcome(error))
+            meters.counted(verb, answer, outcome(error))
         except (DatabaseError, StorageFault):
             raise  # the disk: the app decides
         except Exception:  # the outer loop of a request
-            log.exception("a request broke")
-            answer(outcome(InternalError("the daemon has a fault; it was logged, and nothing changed")))
+            log.exception("a request broke", extra=messages.FAULT())
+            fault = InternalError("the daemon has a fault; it was logged, and nothing changed")
+            meters.counted(verb, answer, outcome(fault))
+        return who.uid if who is not None else None
 
     def _change(self, who: Session, request: Any, change: Change, answer: Answer) -> None:
         """Put a change into the turn's batch, or into that of the turn in which old programs see what it needs."""
         write = partial(self._registrar.write, who, request, change.verb, answer, partial(change.light, request))
-        old_programs = self._registrar.service.old_programs
-        wants = change.wants(old_programs, who, request)
+        service = self._registrar.service
+        wants = change.wants(service.old_programs, who, request)
         if not wants:
             write()
             return
 
+        service.quotas.check(who.uid, "requests", self._preparing[who.uid])
+        self._preparing[who.uid] += len(wants)
+
         def then(refusal: RegistryError | None) -> None:
+            self._preparing[who.uid] -= len(wants)
             if refusal is not None:
                 answer(outcome(refusal))
             elif who.presence is Presence.ATTACHED:  # else its connection ended, and with it all requests in flight
                 write()
 
-        old_programs.prepare(wants, then)
+        service.old_programs.prepare(wants, then)
+
+    def is_busy(self, uid: int) -> bool:
+        """Tell whether a user has so many names waiting for old programs that its next requests should wait, too."""
+        return self._preparing[uid] >= PREPARING_OF_A_USER
+
+    def _backup(self, who: Session, r: p.Backup) -> dict[str, Any]:
+        self._registrar.service.need_admin(who, "make a backup, which has what all users hold")
+        return self._backups.backup(who, r)
 
     def line(self, line: bytes) -> Any:
         """Decode what a client says on its lifeline.

@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from madsci_registry.types import Proof
+from madsci_registryd.admission import Credentials
 from madsci_registryd.locks import Identity
 
-_SO_PEERPIDFD = 77  # asm-generic/socket.h; Python's socket module has no name for it yet
+# asm-generic/socket.h; Python's socket module has no names for them yet
+_SO_PEERGROUPS = 59
+_SO_PEERPIDFD = 77
 UNKNOWN_BOOT = "unknown"
 _OUT_OF_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """No answer about the process: whoever is admitted then would be known less surely than it could."""
-_OVERFLOW_UID = 65534
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,16 @@ class Peer:
     pidfd: int | None
     proof: Proof
     identity: Identity
+    groups: frozenset[int] = frozenset()
+
+    @property
+    def credentials(self) -> Credentials:
+        return Credentials(self.uid, self.gid, self.groups)
 
     @property
     def pid(self) -> int | None:
         """Its pid here; that of a record from another PID namespace may be a stranger's here."""
         return self.identity.pid if self.identity.pid_namespace == pid_namespace() else None
-
-    @property
-    def is_mapped(self) -> bool:
-        """False: its uid has no name in the daemon's user namespace."""
-        return self.uid != _OVERFLOW_UID
 
 
 class Life(Enum):
@@ -79,7 +81,22 @@ def peer_of(sock: socket.socket, best: Proof = "pidfd") -> Peer:
     if pidfd is not None and is_dead(pidfd):
         os.close(pidfd)
         raise ProcessLookupError(pid)
-    return Peer(uid, gid, pidfd, proof, identity)
+    return Peer(uid, gid, pidfd, proof, identity, _peer_groups(sock))
+
+
+def _peer_groups(sock: socket.socket) -> frozenset[int]:
+    """Return the supplementary groups that the peer had when it connected; none where the kernel does not tell."""
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)  # Python asks for no more: 256 groups
+    except OSError:
+        return frozenset()
+    return frozenset(struct.unpack(f"{len(raw) // 4}I", raw))
+
+
+def uid_of_peer(sock: socket.socket) -> int:
+    """Return the uid that the peer had when it connected."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", raw)[1])
 
 
 def _pidfd_of_peer(sock: socket.socket, pid: int | None, best: Proof) -> tuple[int | None, Proof]:

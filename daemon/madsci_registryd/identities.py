@@ -13,9 +13,11 @@ from madsci_registry import protocol as p
 from madsci_registry.errors import BusyError, ConflictError, InvalidError, NameTakenError, NotFoundError
 from madsci_registry.names import check_metadata, check_name
 from madsci_registry.registry_json import is_foreign_id
+from madsci_registryd.admission import Admission
 from madsci_registryd.clock import instant
 from madsci_registryd.locks import Queues, Session
 from madsci_registryd.old_programs import OldPrograms
+from madsci_registryd.quotas import Quotas, Usage
 from madsci_registryd.store import Lock, Row, Store
 from madsci_registryd.transaction import Told, Tx
 from madsci_registryd.views import SessionOf, component, held_by
@@ -33,6 +35,10 @@ class Identities:
         self.epoch = epoch
         self.host = host
         self.old_programs = OldPrograms()
+        self.admission: Admission
+        self.quotas: Quotas
+        self.names: Usage
+        """How many names each user made."""
 
     def rename(self, tx: Tx, who: Session, r: p.Rename) -> dict[str, Any]:
         """Give a component another name that nobody has; a held one only by force, its holder keeps it and is told."""
@@ -50,6 +56,10 @@ class Identities:
             raise NameTakenError(f"{r.new!r} is known already", name=r.new, id=taken.id)
         if row.old_lock is not None or (row.lock is not None and not r.force):
             raise held_by(self.session, self.host, r.old, row, who, waiting=self.queues.count(r.old))
+        if row.lock is not None:
+            holder = self.session(row.lock.owner.session)
+            if holder is None or holder.uid != who.uid:
+                self.need_admin(who, f"rename {r.old!r}, which another user holds")
         if not (self.old_programs.ready(r.old) and self.old_programs.ready(r.new)):
             raise BusyError(f"{r.old!r} and {r.new!r} cannot be kept from old programs just now; try again")
         self.store.rename(row.id, r.old, r.new)
@@ -103,6 +113,9 @@ class Identities:
             raise InvalidError("unseen_since: is no instant", field="unseen_since", reason="is no ISO 8601 instant")
         if limit is not None and row.last_seen >= limit:
             raise ConflictError(f"{r.name!r} was seen at {row.last_seen}", name=r.name, id=row.id)
+        last_uid = self.store.last_uid(row.id)
+        if last_uid not in (None, who.uid):
+            self.need_admin(who, f"retire {r.name!r}, which uid {last_uid} held last")
         self._set_retired(tx, who, row, True)
         return {"component": self._component(r.name), "changed": True}
 
@@ -129,6 +142,8 @@ class Identities:
     def adopt(self, tx: Tx, who: Session | None, name: str, entry: dict[str, Any], **more: Any) -> None:
         """Make a component as an entry of registry.json has it; neither its name nor its id is known here. `who` is
         None where an old program wrote it; the event's `why` says `more`."""
+        if who is not None:
+            self.names.take(who.uid)
         text = json.dumps(entry.get("metadata") or {}, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
         self.store.add_component(
             entry["id"],
@@ -139,6 +154,7 @@ class Identities:
             created_at=instant(entry.get("created_at")),
             last_seen=instant(entry.get("last_seen")),
             workcell_id=entry.get("workcell_id"),
+            uid=who.uid if who else None,
         )
         row = self._get(name)
         why = {"component_type": row.component_type, "metadata": json.loads(text), "imported": True, **more}
@@ -162,6 +178,11 @@ class Identities:
         return report
 
     # shared steps
+
+    def need_admin(self, who: Session, what: str) -> None:
+        """Let administrators pass; `what` completes "you may not". Raises PermissionDeniedError."""
+        if not who.is_admin:
+            raise self.admission.admin_refusal(who.uid, what)
 
     def _set_retired(self, tx: Tx, who: Session, row: Row, retired: bool) -> None:
         self.store.set_retired(row.id, retired)

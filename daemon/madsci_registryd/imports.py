@@ -23,6 +23,8 @@ from madsci_registryd.transaction import Tx
 UPLOAD_MAX_BYTES = 64 << 20
 """All pieces of one import: 200,000 entries of 300 bytes, the quota of names."""
 UPLOADS_A_SESSION = 4
+ENTRIES_OF_A_USER = 200
+"""More hold the loop for longer than one user may make the others wait, and are an administrator's."""
 
 Line = tuple[str, str, str]
 
@@ -66,6 +68,7 @@ class Imports:
             return
         if key not in who.uploads and len(who.uploads) >= UPLOADS_A_SESSION:
             who.uploads.pop(next(iter(who.uploads)))
+        self._check(who, r, who.uploads.get(key))
         upload = who.uploads.setdefault(key, Upload())
         upload.add(r.entries)
         if not r.last:
@@ -77,7 +80,7 @@ class Imports:
                 who.uploads.pop(key, None)
                 answer({"error": result.to_wire()})
             else:
-                upload.report, upload.entries = result, []
+                upload.report, upload.entries, upload.size_bytes = result, [], 0
                 answer({"ok": upload.page(0)})
 
         def do(tx: Tx) -> list[Line]:
@@ -91,6 +94,15 @@ class Imports:
 
         sound = [] if r.dry_run else [(name, entry) for name, entry in upload.entries if not entry_fault(name, entry)]
         self._service.old_programs.prepare(self._service.old_programs.for_import(sound), then)
+
+    def _check(self, who: Session, r: p.Import, upload: Upload | None) -> None:
+        if r.mode == "replace" and not r.dry_run:
+            self._service.need_admin(who, "import with replace, which retires what others made")
+        if len(r.entries) + (len(upload.entries) if upload else 0) > ENTRIES_OF_A_USER:
+            self._service.need_admin(who, f"import more than {ENTRIES_OF_A_USER} entries at once")
+        uploads = [u for s in self._registrar.sessions.values() if s.uid == who.uid for u in s.uploads.values()]
+        kept = sum(each.size_bytes for each in uploads if isinstance(each, Upload))
+        self._service.quotas.check(who.uid, "bytes", kept)
 
 
 def apply(

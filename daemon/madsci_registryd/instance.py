@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from madsci_registryd import messages
 from madsci_registryd.faults import AlreadyServed, StartFault, os_fault
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ class InstanceLock:
             os.close(self._fd)
             raise
         except (StartFault, OSError) as error:
-            log.warning("whether another daemon serves this registry from elsewhere cannot be told: %s", error)
+            text = "whether another daemon serves this registry from elsewhere cannot be told: %s"
+            log.warning(text, error, extra=messages.SERVED_ELSEWHERE_UNKNOWN())
 
     def notes(self) -> dict[str, Any]:
         """Return what the last holder noted; nothing where that is unreadable."""
@@ -60,9 +62,15 @@ class InstanceLock:
                 return notes
         return {}
 
+    def noted_epoch(self) -> int:
+        """Return the epoch of the last daemon as it noted it: that of its database may be gone with it. 0: none."""
+        epoch = self.notes().get("epoch")
+        return epoch if isinstance(epoch, int) else 0
+
     def note(self, **notes: Any) -> None:
-        """Replace the notes; a full disk keeps the old ones."""
+        """Replace the notes, but for the epoch where none is given; a full disk keeps the old ones."""
         with suppress(OSError):
+            notes.setdefault("epoch", self.noted_epoch())
             text = json.dumps(notes).encode()
             os.pwrite(self._fd, text, 0)
             os.ftruncate(self._fd, len(text))

@@ -12,7 +12,7 @@ from typing import Any
 from madsci_registry.errors import NoSpaceError, RegistryError
 from madsci_registry.names import NAME_MAX_BYTES
 from madsci_registry.types import OldLock
-from madsci_registryd import adoption
+from madsci_registryd import adoption, messages
 from madsci_registryd.batch import Write
 from madsci_registryd.clock import iso
 from madsci_registryd.core import Core
@@ -71,7 +71,7 @@ class Intake:
         self._take_some()
         self._refuse(merge.refused)
         if merge.adopted:
-            log.info("registry.json: took in %s", _listed(merge.adopted))
+            log.info("registry.json: took in %s", _listed(merge.adopted), extra=messages.OLD_NAMES_TAKEN_IN())
 
     def _arrive(self, name: str, step: Step, id: str | None = None) -> None:
         self._arriving.setdefault(name, []).append((step, id))
@@ -118,7 +118,8 @@ class Intake:
                 self._timers.after(RETRY_S, lambda: self.take_in(name, step, id))
             elif isinstance(result, RegistryError) and name is not None:
                 self.refused += 1
-                log.warning("registry.json: refused a change of %r: %s", name, result)
+                extra = messages.OLD_CHANGE_REFUSED(name=name)
+                log.warning("registry.json: refused a change of %r: %s", name, result, extra=extra)
                 self.repair(name, id)
 
         self._registrar.submit(Write(lambda tx: step(self._service, tx), done))
@@ -156,7 +157,9 @@ class Intake:
     def refuse(self, refusal: Refusal) -> None:
         """Record something that is not taken in."""
         refusal = refusal._replace(name=refusal.name[:NAME_MAX_BYTES], detail=refusal.detail[:DETAIL_MAX])
-        log.warning("registry.json: refused a change of %r (%s): %s", refusal.name, refusal.what, refusal.detail)
+        what = refusal.name, refusal.what, refusal.detail
+        extra = messages.OLD_CHANGE_REFUSED(name=refusal.name)
+        log.warning("registry.json: refused a change of %r (%s): %s", *what, extra=extra)
         self.refused += 1
         self.note_writer(refusal.writer)
         self.take_in(None, partial(adoption.refuse, refusal=refusal))

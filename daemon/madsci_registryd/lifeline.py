@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from madsci_registry import protocol as p
-from madsci_registry.errors import InvalidError
+from madsci_registry.errors import InvalidError, RegistryError
 from madsci_registryd.locks import Session
 from madsci_registryd.loop import READ, WRITE, Loop
 
@@ -21,6 +21,9 @@ class Owner(Protocol):
     def said(self, line: Lifeline, text: bytes) -> None:
         """A whole line came."""
 
+    def refused(self, code: str) -> None:
+        """A connection is refused, with that code, and will be closed."""
+
     def closed(self, line: Lifeline) -> None:
         """The connection has ended, from whichever side."""
 
@@ -28,8 +31,9 @@ class Owner(Protocol):
 class Lifeline:
     """One connection: lines in, lines out."""
 
-    def __init__(self, sock: socket.socket, loop: Loop, owner: Owner) -> None:
+    def __init__(self, sock: socket.socket, loop: Loop, owner: Owner, uid: int) -> None:
         self.sock = sock
+        self.uid = uid
         self.session: Session | None = None
         self.is_closed = False
         self._loop = loop
@@ -59,8 +63,13 @@ class Lifeline:
             del self._in[: end + 1]
             self._owner.said(self, text)
         if len(self._in) > p.LINE_MAX_BYTES:
-            self.send({"op": "refused", "error": InvalidError("line: too long", field="line").to_wire()})
-            self.close()
+            self.refuse(InvalidError("line: too long", field="line"))
+
+    def refuse(self, error: RegistryError) -> None:
+        """Say why, and cut the connection."""
+        self._owner.refused(error.code)
+        self.send({"op": "refused", "error": error.to_wire()})
+        self.close()
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a line; a client that does not read is cut off."""

@@ -14,6 +14,7 @@ import logging
 import os
 import secrets
 import socket
+from collections import Counter
 from typing import Any
 
 import ulid
@@ -27,7 +28,8 @@ from madsci_registry.errors import (
     SessionRequiredError,
 )
 from madsci_registry.types import Process, Proof
-from madsci_registryd import facts, holders
+from madsci_registryd import facts, holders, messages
+from madsci_registryd.admission import Admission
 from madsci_registryd.batch import Write, always
 from madsci_registryd.clock import iso
 from madsci_registryd.core import Core
@@ -35,6 +37,7 @@ from madsci_registryd.handlers import hash_token
 from madsci_registryd.lifeline import Lifeline
 from madsci_registryd.locks import Presence, Session
 from madsci_registryd.loop import Loop, Turn
+from madsci_registryd.quotas import Quotas
 from madsci_registryd.sockets import ListeningPath
 from madsci_registryd.transaction import Tx
 
@@ -56,21 +59,26 @@ class Lifelines:
         core: Core,
         *,
         version: str,
-        sessions_per_uid: int,
+        config: str,
         best_proof: Proof,
     ) -> None:
         self.path = path
         self.loop = loop
         self._timers = core.timers
         self._clock = core.clock
+        self._meters = core.meters
         self._registrar = core.registrar
         self._decode = core.handlers.line
         self._epoch = core.epoch
         self._version = version
-        self._sessions_per_uid = sessions_per_uid
+        self.admission = core.service.admission
+        self._config = config
+        self._quotas: Quotas = core.quotas
         self._best_proof = best_proof
         self._listener: socket.socket | None = None
         self._lines: set[Lifeline] = set()
+        self._lines_of: Counter[int] = Counter()
+        """How many connections each user has."""
         self._of_session: dict[str, Lifeline] = {}
         self._pidfds: dict[str, int] = {}
         self._registrar.tell = self.tell
@@ -82,8 +90,13 @@ class Lifelines:
     def bind(self) -> None:
         """Listen at the path; again, where its socket file went."""
         self._stop_listening()
-        self._listener = self.path.listen()
+        self._listener = self.path.listen(self.admission.modes)
         self.loop.watch(self._listener.fileno(), Turn.LIFELINES, self._accept)
+
+    def admit(self, admission: Admission) -> None:
+        """Judge those who come from now on by other rules; who is here stays."""
+        self.admission = self._registrar.service.admission = admission
+        self.path.give(admission.modes)
 
     def _stop_listening(self) -> None:
         if self._listener is not None:
@@ -99,14 +112,23 @@ class Lifelines:
             except BlockingIOError:
                 return
             except OSError as error:  # out of descriptors: the connection waits in the backlog
-                log.warning("cannot accept a connection: %s", error)
+                log.warning("cannot accept a connection: %s", error, extra=messages.CANNOT_ACCEPT())
                 self._pause_listening(self._listener)
                 return
             sock.setblocking(False)
-            line = Lifeline(sock, self.loop, self)
-            self._lines.add(line)
-            self.loop.watch(sock.fileno(), Turn.LIFELINES, line.ready)
-            self._timers.after(HELLO_S, line.check_hello)
+            self._begin_line(sock)
+
+    def _begin_line(self, sock: socket.socket) -> None:
+        uid = holders.uid_of_peer(sock)
+        line = Lifeline(sock, self.loop, self, uid)
+        self._lines.add(line)
+        self._lines_of[uid] += 1
+        self.loop.watch(sock.fileno(), Turn.LIFELINES, line.ready)
+        self._timers.after(HELLO_S, line.check_hello)
+        try:
+            self._quotas.check(uid, "connections", self._lines_of[uid] - 1)
+        except QuotaError as error:
+            line.refuse(error)
 
     def _pause_listening(self, listener: socket.socket) -> None:
         def again() -> None:
@@ -188,9 +210,16 @@ class Lifelines:
             else:
                 self._act(line.session, message)
         except RegistryError as error:
-            log.info("refused a line: %s", error)
-            line.send({"op": "refused", "error": error.to_wire()})
-            line.close()  # a client of ours says nothing wrong; one that is well comes back and resumes
+            self._log_refusal(line, error)
+            line.refuse(error)  # a client of ours says nothing wrong; one that is well comes back and resumes
+
+    def _log_refusal(self, line: Lifeline, error: RegistryError) -> None:
+        if isinstance(error, QuotaError):
+            return  # is logged where it is refused
+        is_access = isinstance(error, PermissionDeniedError)
+        kind, level = (messages.ACCESS_REFUSED, logging.WARNING) if is_access else (messages.LINE_REFUSED, logging.INFO)
+        extra = kind(code=error.code, uid=line.uid)
+        self._quotas.log_once((error.code, line.uid), "refused a line: %s", error, level=level, extra=extra)
 
     def _act(self, session: Session, message: Any) -> None:
         if isinstance(message, p.Cancel):
@@ -220,7 +249,7 @@ class Lifelines:
             peer = holders.peer_of(line.sock, self._best_proof)
         except OSError as error:
             if not isinstance(error, ProcessLookupError):
-                log.warning("cannot see who connected: %s", error)
+                log.warning("cannot see who connected: %s", error, extra=messages.PEER_UNSEEN())
             line.close()
             return
         try:
@@ -243,15 +272,12 @@ class Lifelines:
             self._attach(line, session, peer, message)
 
     def _admit(self, peer: holders.Peer) -> None:
-        if not peer.is_mapped or peer.uid not in (0, os.geteuid()):
-            message = f"uid {peer.uid} may not use this registry, which belongs to uid {os.geteuid()}"
-            raise PermissionDeniedError(message, uid=peer.uid, path=str(self.path.path))
+        if not self.admission.admits(peer.credentials):
+            raise self.admission.refusal(peer.credentials, str(self.path.path), self._config)
 
     def _check_quota(self, peer: holders.Peer) -> None:
         count = sum(s.uid == peer.uid for s in self._registrar.sessions.values())
-        if count >= self._sessions_per_uid:
-            message = f"uid {peer.uid} has {count} sessions already"
-            raise QuotaError(message, limit=self._sessions_per_uid, what="sessions")
+        self._quotas.check(peer.uid, "sessions", count)
 
     def _is_after_error(self) -> bool:
         return self._clock.monotonic() < self._registrar.service.no_grants_before
@@ -304,6 +330,7 @@ class Lifelines:
             line.close()
             return
         session.process = facts.process_of(peer)
+        session.is_admin = self.admission.is_admin(peer.credentials)
         if peer.pidfd is not None:
             self.watch_process(session, peer.pidfd)
         if line.is_closed or line.session is not None:  # it went, or began another session, while it was written
@@ -337,9 +364,14 @@ class Lifelines:
             | ({"token": token} if token else {})
         )
 
+    def refused(self, code: str) -> None:
+        """Count a connection that is refused."""
+        self._meters.lines_refused[code] += 1
+
     def closed(self, line: Lifeline) -> None:
         """A connection ended: its session may resume, unless its process is dead."""
         self._lines.discard(line)
+        self._lines_of[line.uid] -= 1
         session = line.session
         if session is None or self._of_session.get(session.id) is not line:
             return

@@ -218,6 +218,8 @@ class Session:
     """Monotonic instant of the last change of presence."""
     holds_nothing: bool = False
     """It was left by an earlier daemon without a lock: there is nothing to keep it for."""
+    is_admin: bool = False
+    """It may do what takes something from others."""
     stored: bool = False
     """It has a row in the database, committed."""
     withdrawn: deque[int] = field(default_factory=lambda: deque(maxlen=1000))

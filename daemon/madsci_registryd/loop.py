@@ -22,7 +22,11 @@ WRITE = select.EPOLLOUT
 class Loop:
     """File descriptors and what to call when they are ready. One thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._woke_at = 0.0
+        self.worked: Callable[[float], None] = lambda seconds: None
+        """Told, before each wait, how long there was work since the last."""
         self._epoll = select.epoll()
         self._watched: dict[int, tuple[Turn, Callable[[int], None]]] = {}
 
@@ -44,7 +48,10 @@ class Loop:
 
     def turn(self, timeout_s: float | None) -> None:
         """Wait until something is ready, at most `timeout_s` (None: for ever), and call what is to be called."""
+        if self._woke_at:
+            self.worked(self._now() - self._woke_at)
         ready = self._epoll.poll(-1 if timeout_s is None else max(timeout_s, 0))
+        self._woke_at = self._now()
         calls = [(*self._watched[fd], fd, events) for fd, events in ready]
         if len(calls) > 1:
             calls.sort(key=lambda call: call[0])

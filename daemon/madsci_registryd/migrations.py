@@ -12,7 +12,7 @@ from importlib.resources import files
 
 import apsw
 
-VERSION = 2
+VERSION = 3
 APPLICATION_ID = 0x4D526567
 """'MReg', in the file's header: tells our databases from foreign ones."""
 
@@ -22,13 +22,27 @@ def _old_locks(db: apsw.Connection) -> None:
     db.execute(_table("old_locks"))
 
 
+def _uids(db: apsw.Connection) -> None:
+    """Version 3: who made and who last held a component, as far as the events still tell."""
+    db.execute("ALTER TABLE components ADD COLUMN created_uid INTEGER")
+    db.execute("ALTER TABLE components ADD COLUMN last_uid INTEGER")
+    db.execute(
+        "UPDATE components SET created_uid = (SELECT uid FROM events WHERE id = components.id AND kind = 'created')"
+    )
+    db.execute(
+        """UPDATE components SET last_uid = coalesce(
+             (SELECT uid FROM events WHERE id = components.id AND kind = 'granted' ORDER BY revision DESC LIMIT 1),
+             created_uid)"""
+    )
+
+
 def _table(name: str) -> str:
     """Return the definition of a table as schema.sql has it."""
     start = schema().index(f"CREATE TABLE {name} ")
     return schema()[start : schema().index(";", start)]
 
 
-STEPS: dict[int, Callable[[apsw.Connection], None]] = {2: _old_locks}
+STEPS: dict[int, Callable[[apsw.Connection], None]] = {2: _old_locks, 3: _uids}
 """Step n leads from version n-1 to n. Version 1 is the first."""
 
 

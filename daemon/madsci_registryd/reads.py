@@ -14,7 +14,7 @@ from madsci_registryd.service import Service
 from madsci_registryd.store import Row, Store
 from madsci_registryd.views import component, exported, session_info
 
-PAGE_ROWS = 500
+PAGE_ROWS = 50
 """Rows a page at most, so that one page holds the loop for a few milliseconds only."""
 CLASSIC_LOCK_TTL_S = 30.0
 """How long a lock in registry.json looks alive: MADSci's LOCK_TTL (classic API, LockManager)."""
@@ -31,6 +31,7 @@ class Reads:
         sessions: Callable[[], Iterable[Session]],
         clock: Clock,
         status: Callable[[], dict[str, Any]],
+        metrics: Callable[[], str],
     ) -> None:
         self._service = service
         self._store: Store = service.store
@@ -38,6 +39,7 @@ class Reads:
         self._sessions = sessions
         self._clock = clock
         self._status = status
+        self._metrics = metrics
 
     def lookup(self, who: Session, r: p.Lookup) -> dict[str, Any]:
         """Answer the ULID of a name, null where no component has it."""
@@ -88,6 +90,11 @@ class Reads:
         page, cut = cut_page(events, lambda event: event)
         return {"events": page, "cursor": page[-1]["revision"] if cut else None}
 
+    @property
+    def revision(self) -> int:
+        """The revision of the last event."""
+        return self._store.revision
+
     def events_after(self, after: int) -> dict[str, Any] | None:
         """Answer a watch: a page of events, None where there are none yet.
 
@@ -115,6 +122,10 @@ class Reads:
     def status(self, who: Session, r: p.Status) -> dict[str, Any]:
         """Answer what the daemon is and does."""
         return self._status()
+
+    def metrics(self, who: Session, r: p.Metrics) -> dict[str, Any]:
+        """Answer what Prometheus wants to know."""
+        return {"text": self._metrics()}
 
     def export(self, who: Session, r: p.Export) -> dict[str, Any]:
         """Answer a page of the registry in the format of registry.json."""

@@ -12,12 +12,14 @@ from typing import Any
 
 from madsci_registry import protocol as p
 from madsci_registry.errors import NoSpaceError, RegistryError, SessionRequiredError, UnavailableError
+from madsci_registryd import messages
 from madsci_registryd.batch import Batch, Write, always
 from madsci_registryd.clock import Clock, Timers
 from madsci_registryd.locks import Claim, ClaimEvent, ClaimState, Presence, Queues, Session, claim_expires_at
 from madsci_registryd.reads import Reads
 from madsci_registryd.service import PARKED, Service
 from madsci_registryd.transaction import Tx
+from madsci_registryd.watchers import Watchers
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class Registrar:
         self._by_token: dict[bytes, Session] = {}
         self._writes: list[Write] = []
         self._parked: dict[tuple[str, int], Answer] = {}
-        self._watchers: list[tuple[p.Watch, float, Session, Answer]] = []
+        self.watchers: Watchers
         self.tell: Callable[[str, dict[str, Any]], None] = lambda session, line: None
         self.at_end: list[Callable[[Session], None]] = []
         """Called when a session has ended: what others keep for it goes."""
@@ -104,7 +106,7 @@ class Registrar:
             self._by_token.pop(session.token_hash, None)
             for claim in self.queues.of_session(session.id):
                 self.drop_claim(claim)
-            self._watchers = [w for w in self._watchers if w[2] is not session]
+            self.watchers.forget(session)
             for forget in self.at_end:
                 forget(session)
 
@@ -127,7 +129,7 @@ class Registrar:
             if isinstance(result, NoSpaceError):
                 self._timers.after(RETRY_S, lambda: self.insist(do))
             elif isinstance(result, RegistryError):
-                log.warning("not done: %s", result)
+                log.warning("not done: %s", result, extra=messages.LINE_REFUSED(code=result.code))
 
         self.submit(Write(do, done, light=always))
 
@@ -158,18 +160,8 @@ class Registrar:
         claim = self.queues.find(who.id, seq)
         if claim is not None:
             self.drop_claim(claim)
-        for watcher in [w for w in self._watchers if (w[2], w[0].seq) == (who, seq)]:
-            self._watchers.remove(watcher)
+        self.watchers.cancel(who, seq)
         self.insist(lambda tx: self.service.cancel(tx, who, seq))
-
-    def watch(self, who: Session, r: p.Watch, answer: Answer) -> None:
-        """Answer the events after a revision as soon as there are any, an empty list when the time is over."""
-        found = self.reads.events_after(r.after)
-        if found is not None or r.wait_s == 0:
-            answer({"ok": found or {"events": [], "revision": r.after}})
-            return
-        self._watchers.append((r, self._clock.monotonic() + r.wait_s, who, answer))
-        self._timers.after(r.wait_s, self._answer_watchers)
 
     def commit(self) -> None:
         """Run the turn's batch, if any, and all that follows from it."""
@@ -189,13 +181,15 @@ class Registrar:
             self._answer(claim, outcome(result))
         for told in tx.told:
             self.tell(told.session, told.line)
+            if told.line["op"] == "lost":
+                _log_broken(told.line)
         for session in tx.ended:
             if session.id in self.sessions:  # found dead just before the commit
                 self.end_session(session, "its process died")
         for session in tx.granted:
             if session.presence is not Presence.ENDED and self.is_dead(session):
                 self.end_session(session, "its process died")
-        self._answer_watchers()
+        self.watchers.look()
 
     def settle(self, claim: Claim, refusal: RegistryError | None) -> None:
         """Go on with a pending claim when outside has answered: grant it, or refuse it with that error."""
@@ -256,26 +250,20 @@ class Registrar:
         if answer is not None:
             answer(reply)
 
-    def _answer_watchers(self) -> None:
-        if not self._watchers:
-            return
-        now, left = self._clock.monotonic(), []
-        for watcher in self._watchers:
-            r, until, _, answer = watcher
-            found = self.reads.events_after(r.after)
-            if found is not None or now >= until:
-                answer({"ok": found or {"events": [], "revision": r.after}})
-            else:
-                left.append(watcher)
-        self._watchers = left
-
     def close(self) -> None:
         """Tell all who wait that the daemon stops; they ask the next one."""
         error = UnavailableError("the daemon stops; ask the next one").to_wire()
-        for answer in [*self._parked.values(), *(w[3] for w in self._watchers)]:
+        for answer in self._parked.values():
             answer({"error": error})
         self._parked.clear()
-        self._watchers.clear()
+        self.watchers.close(error)
+
+
+def _log_broken(line: dict[str, Any]) -> None:
+    by = line["by"]
+    extra = messages.LOCK_BROKEN(name=line["name"], fencing_token=line["fencing_token"], **by)
+    what = line["name"], by["uid"], by["pid"], line["reason"]
+    log.warning("the lock of %r was broken by uid %s (pid %s): %s", *what, extra=extra)
 
 
 def outcome(result: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ known: the name keeps the ULID of the base, and that is reported. Fencing tokens
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from contextlib import suppress
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from madsci_registry import registry_json
-from madsci_registryd import database, holders
+from madsci_registryd import database, holders, messages
 from madsci_registryd.clock import SystemClock, instant, iso
 from madsci_registryd.faults import CannotCreate, CorruptDatabase, DiskFull, NotOurDatabase, os_fault
+from madsci_registryd.identities import TOKENS_A_TERM
 from madsci_registryd.instance import InstanceLock
 from madsci_registryd.settings import Places, Settings
 from madsci_registryd.store import Store
+
+log = logging.getLogger(__name__)
 
 _ROWS = """
     SELECT c.id, c.name, c.component_type, c.retired, c.created_at, c.last_seen, c.metadata, c.workcell_id,
@@ -49,8 +53,11 @@ def verify_database(settings: Settings) -> list[str]:
         lock.close()
 
 
-def restore_backup(settings: Settings, file: Path) -> list[str]:
+def restore_backup(settings: Settings, file: Path, token_floor: int = 0) -> list[str]:
     """Restore a backup and return the report, a line for each thing that a person should know.
+
+    Every fencing token that is given afterwards is above `token_floor`, too: for hosts whose clock may be behind the
+    backup's, where nothing but a device still knows the highest one. 0 to 2^53 - 1.
 
     Raises: StartFault where the backup is not whole or not ours, a daemon serves the registry, or nothing can be
     written; the database is then as it was.
@@ -65,11 +72,14 @@ def restore_backup(settings: Settings, file: Path) -> list[str]:
     try:
         _stage(file, staged)
         if _is_whole(places.database):
-            report = _merge(places.database, staged, base="the live database")
+            report, base = _merge(places.database, staged), "the live database"
         else:
-            report = _replace(places, staged)
+            report, base = _replace(places, staged), "the backup"
             report += _adopt_json(places)
             lock.note(pid=None, io_error=holders.boot_id())  # holders get time to say what they hold
+        if report or token_floor:
+            _record(places.database, base, token_floor)
+        log.info("restored from %s: %d lines of report", file, len(report), extra=messages.RESTORED(backup=file))
         return report or ["nothing to do: the live database knows all that the backup knows"]
     except database.DiskFullError:
         raise DiskFull(f"no space for the restore in {places.state}", path=str(places.state)) from None
@@ -161,7 +171,7 @@ def _salvage(path: Path, damaged: Path) -> list[str]:
     return _add(path, rows, "the damaged database")
 
 
-def _merge(path: Path, staged: Path, *, base: str) -> list[str]:
+def _merge(path: Path, staged: Path) -> list[str]:
     db = database.open_database(staged)
     rows: list[tuple[Any, ...]] = list(db.execute(_ROWS))
     tokens = list(db.execute("SELECT name, last_token FROM names"))
@@ -172,12 +182,23 @@ def _merge(path: Path, staged: Path, *, base: str) -> list[str]:
         for name, token in tokens:
             live.execute("INSERT INTO names (name) VALUES (?) ON CONFLICT DO NOTHING", (name,))
             live.execute("UPDATE names SET last_token = max(last_token, ?) WHERE name = ?", (token, name))
-        if report:
-            Store(live).add_event(
-                "restored", iso(SystemClock().wall()), uid=os.geteuid(), pid=os.getpid(), why={"base": base}
-            )
     live.close()
     return report
+
+
+def _record(path: Path, base: str, token_floor: int) -> None:
+    """Tell watchers, by an event above all that they can have seen, and let the next start begin above the floor."""
+    now = SystemClock().wall()
+    db = database.open_database(path)
+    with db:
+        store = Store(db)
+        epoch = max(int(store.meta("epoch") or 0), token_floor // TOKENS_A_TERM)
+        store.set_meta("epoch", epoch)
+        # As a start does it: revisions of the time between the backup and now are behind this one.
+        store.raise_revision(max(store.revision + (1 << 20), epoch << 20, int(now) << 20))
+        why = {"base": base} | ({"token_floor": token_floor} if token_floor else {})
+        store.add_event("restored", iso(now), uid=os.geteuid(), pid=os.getpid(), why=why)
+    db.close()
 
 
 def _adopt_json(places: Places) -> list[str]:

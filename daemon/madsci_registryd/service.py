@@ -32,6 +32,7 @@ from madsci_registry.errors import (
 from madsci_registry.names import check_metadata, check_name
 from madsci_registryd.identities import TOKENS_A_TERM, Identities, merged
 from madsci_registryd.locks import Claim, ClaimEvent, Identity, Owner, Queues, Session, Verdict, decide, next_claim
+from madsci_registryd.quotas import Usage
 from madsci_registryd.store import Lock, Row, Store
 from madsci_registryd.transaction import Told, Tx
 from madsci_registryd.views import held_by, new_holder
@@ -73,6 +74,10 @@ class Service(Identities):
         super().__init__(store, queues, sessions, epoch=epoch, host=host)
         self.no_grants_before = 0.0
         """Monotonic; after an I/O error holders get time to say what they hold."""
+        self.locks: Usage
+        """How many locks each user has."""
+        self.waiting: Usage
+        """How many requests of each user wait for a name."""
         self._new_id = new_id
         self._stage = stage or OutsideStage()
 
@@ -102,6 +107,8 @@ class Service(Identities):
         if verdict is Verdict.SAME:
             return self._take(tx, who, r, row)
         new = Claim(r.name, owner, r.seq, r, tx.monotonic + r.wait_s)
+        if verdict is Verdict.QUEUE:
+            self.waiting.take(who.uid)
         if verdict is Verdict.GRANT:
             if self._stage.begin(new):
                 return self._take(tx, who, r, row)
@@ -174,6 +181,8 @@ class Service(Identities):
 
     def _take(self, tx: Tx, who: Session, r: p.Resolve, row: Row | None) -> dict[str, Any]:
         """Answer with the identity and with its lock, granted here unless the owner has it."""
+        if row is None or row.lock is None:
+            self.locks.take(who.uid)
         row, answer = self._identity(tx, who, r, row)
         if row.lock is not None:
             lock = row.lock
@@ -187,7 +196,7 @@ class Service(Identities):
         token = self._next_token(tx, row.last_token)
         owner = Owner(who.id, r.instance)
         self._store_session(tx, who)
-        self.store.add_lock(row, owner, token, tx.now, r.seq)
+        self.store.add_lock(row, owner, token, tx.now, r.seq, who.uid)
         self._event(tx, who, "granted", row, fencing_token=token)
         tx.granted.append(who)
         return Lock(owner, token, tx.now, r.seq)
@@ -217,6 +226,7 @@ class Service(Identities):
         }
 
     def _create(self, tx: Tx, who: Session, r: p.Resolve) -> Row:
+        self.names.take(who.uid)
         text = check_metadata(r.metadata or {})
         self._store_session(tx, who)
         made_by = who.id, r.seq
@@ -224,7 +234,7 @@ class Service(Identities):
         last_token = before.last_token if before else 0
         id = self.old_programs.id_for(r.name) or self._new_id()
         row = Row(id, r.name, r.component_type, False, tx.now, tx.now, text, made_by, last_token, None, None, None)
-        self.store.add_component(row.id, r.name, r.component_type, tx.now, text, created_by=made_by)
+        self.store.add_component(row.id, r.name, r.component_type, tx.now, text, created_by=made_by, uid=who.uid)
         self._event(tx, who, "created", row, component_type=r.component_type, metadata=json.loads(text))
         tx.durable = True
         return row
@@ -335,6 +345,7 @@ class Service(Identities):
     def break_lock(self, tx: Tx, who: Session, r: p.BreakLock) -> Reply:
         """End the lock with that token, whoever has it, and tell the holder."""
         row = self._get(r.name)
+        self.need_admin(who, f"break the lock of {r.name!r}")
         if row.lock is None or row.lock.fencing_token != r.fencing_token:
             return {"broken": False}
         holder = new_holder(self.session, self.host, row.lock)
@@ -374,7 +385,7 @@ class Service(Identities):
             if hold.fencing_token >= self.epoch * TOKENS_A_TERM:
                 continue  # no earlier daemon can have given that one
             self._store_session(tx, who)
-            self.store.add_lock(row, Owner(who.id, hold.instance), hold.fencing_token, tx.now, 0)
+            self.store.add_lock(row, Owner(who.id, hold.instance), hold.fencing_token, tx.now, 0, who.uid)
             self._event(tx, who, "granted", row, fencing_token=hold.fencing_token, reasserted=True)
             self.old_programs.want(hold.name)
 
@@ -383,4 +394,5 @@ class Service(Identities):
         self.store.drop_lock(row.id, tx.now)
         who.shares.pop(row.id, None)
         self._event(tx, who, kind, row, fencing_token=row.lock.fencing_token, **why)
+        tx.lock_ends.append((kind, why.get("reason", "")))
         tx.freed.append(row.name)

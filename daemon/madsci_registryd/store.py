@@ -123,10 +123,11 @@ class Store:
         last_seen: str | None = None,
         retired: bool = False,
         workcell_id: str | None = None,
+        uid: int | None = None,
     ) -> None:
         self._run(q.ADD_NAME, (name,))
         row = (id, name, component_type, retired, created_at or now, last_seen or now, metadata, workcell_id)
-        self._run(q.ADD_COMPONENT, (*row, *created_by))
+        self._run(q.ADD_COMPONENT, (*row, *created_by, uid))
         self.touched.add(id)
 
     def set_metadata(self, id: str, metadata: str) -> None:
@@ -154,11 +155,10 @@ class Store:
 
     # locks
 
-    def add_lock(self, row: Row, owner: Owner, token: int, now: str, seq: int) -> None:
+    def add_lock(self, row: Row, owner: Owner, token: int, now: str, seq: int, uid: int) -> None:
         self._run(q.ADD_LOCK, (row.id, owner.session, owner.instance, token, now, seq))
         self._run(q.RAISE_TOKEN, (token, row.name))
-        if row.last_seen != now:
-            self._run(q.SET_LAST_SEEN, (now, row.id))
+        self._run(q.SET_LAST_HOLDER, (now, uid, row.id))
         self.seen.add(row.id)
 
     def move_lock_token(self, id: str, name: str, token: int) -> None:
@@ -188,6 +188,17 @@ class Store:
     def locked_by_seq(self, session: str, seq: int) -> list[str]:
         """List the names that request `seq` of a session was granted and still holds."""
         return [name for (name,) in self._run(q.LOCKED_NAME_BY_SEQ, (session, seq))]
+
+    def last_uid(self, id: str) -> int | None:
+        """Return who made or held a component last; None: nobody knows."""
+        uid: int | None = self._one(q.LAST_UID, (id,))
+        return uid
+
+    def names_of_uid(self, uid: int) -> int:
+        return int(self._one(q.NAMES_OF_UID, (uid,)))
+
+    def locks_of_uid(self, uid: int) -> int:
+        return int(self._one(q.LOCKS_OF_UID, (uid,)))
 
     def held_counts(self) -> dict[str, int]:
         return dict(self._run(q.HELD_BY_SESSION))

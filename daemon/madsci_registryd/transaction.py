@@ -26,6 +26,8 @@ class Tx:
     """Something in it must survive power loss: commit with synchronous=FULL."""
     freed: list[str] = field(default_factory=list)
     """Names that lost their lock and may go to the next."""
+    lock_ends: list[tuple[str, str]] = field(default_factory=list)
+    """How locks ended: the kind of event, and why."""
     granted: list[Session] = field(default_factory=list)
     waiting: list[Claim] = field(default_factory=list)
     """New claims, for the queues."""
@@ -37,7 +39,7 @@ class Tx:
     ended: list[Session] = field(default_factory=list)
 
     def _lists(self) -> tuple[list[Any], ...]:
-        return self.freed, self.granted, self.waiting, self.settled, self.told, self.stored, self.ended
+        return self.freed, self.lock_ends, self.granted, self.waiting, self.settled, self.told, self.stored, self.ended
 
     def mark(self) -> tuple[Any, ...]:
         """Note where we are, for `back_to`. (`durable` stays once set: one sync too many harms nobody.)"""

@@ -15,6 +15,7 @@ import pytest
 from helpers import PROJECT
 
 pytestmark = [pytest.mark.build, pytest.mark.timeout(400)]
+UNITS = PROJECT / "systemd"
 SCHEMA = (PROJECT / "schema.sql").read_bytes()
 
 
@@ -43,6 +44,21 @@ def test_wheel_holds_the_schema_and_the_packages(built: Path) -> None:
     assert not [name for name in names if name.startswith(("tests", "client/", "daemon/"))]
 
 
+def test_wheel_and_sdist_hold_the_units(built: Path) -> None:
+    """Each file of systemd/ is in the wheel inside the command line's package, in the sdist there and at the top."""
+    shipped = {str(path.relative_to(UNITS)): path.read_bytes() for path in UNITS.rglob("*") if path.is_file()}
+    configuration = shipped.pop("registryd.toml")  # beside the units there
+    assert "madsci-registryd.service" in shipped
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        for name, content in shipped.items():
+            assert wheel.read(f"madsci_registryctl/service/units/{name}") == content
+        assert wheel.read("madsci_registryctl/service/registryd.toml") == configuration
+    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
+        names = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
+    for folder in ("systemd", "client/madsci_registryctl/service/units"):
+        assert {f"{folder}/{name}" for name in shipped} <= names
+
+
 def test_sdist_holds_what_a_build_needs(built: Path) -> None:
     """The sdist has the schema, where the daemon's package has it a file or a link to it."""
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
@@ -69,4 +85,10 @@ def test_installed_wheel_starts_both_programs(built: Path, tmp_path: Path) -> No
         "print(d.__file__); print(files(d).joinpath('schema.sql').read_text())",
     )
     assert found.startswith(site)
+    unit = _run(
+        str(python),
+        "-c",
+        "from madsci_registryctl.service import units; print(units.read('madsci-registryd.service', '/opt/x/bin'))",
+    )
+    assert "\nExecStart=/opt/x/bin/madsci-registryd " in unit
     assert found.split("\n", 1)[1].strip().encode() == SCHEMA.strip()

@@ -110,7 +110,7 @@ def test_every_setting_is_documented_with_its_default() -> None:
         assert variable == key.upper()
         assert option.strip().startswith((f"`{flag} ", f"`{flag}`")) if flag in options else not option.strip()
         value = Settings.model_fields[key].default
-        shown = str(value).lower() if isinstance(value, bool) else value
+        shown = str(value).lower() if isinstance(value, bool) else [*value] if isinstance(value, frozenset) else value
         assert default.startswith("none: ") if value is None else default == f"`{shown}`", key
 
 

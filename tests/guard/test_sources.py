@@ -10,12 +10,13 @@ import pytest
 
 from helpers import PROJECT
 
-FOLDERS = ("client", "daemon", "tests", "bench", "docs")
+FOLDERS = ("client", "daemon", "tests", "bench", "docs", "systemd")
+KINDS = (".py", ".sql", ".md", ".toml", ".json", ".sh", ".service", ".socket", ".timer", ".conf")
 FILES = sorted(
     path
     for folder in FOLDERS
     for path in (PROJECT / folder).rglob("*")
-    if path.is_file() and path.suffix in (".py", ".sql", ".md", ".toml", ".json") and "__pycache__" not in path.parts
+    if path.is_file() and path.suffix in KINDS and "__pycache__" not in path.parts
 ) + [PROJECT / name for name in ("pyproject.toml", "Makefile", "README.md", "CHANGELOG.md", ".ci/run", "schema.sql")]
 _HOME = re.compile(r"/(root|home/[a-z]\w*|work|Users/\w+)/\w")
 

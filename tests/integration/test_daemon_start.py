@@ -8,13 +8,14 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from conftest import Workers
-from helpers import DaemonProcess, environment, until
+from helpers import PATIENCE_S, DaemonProcess, environment, until
 from madsci_registry import (
     BusyError,
     HeldError,
@@ -390,6 +391,50 @@ def test_restore_adds_what_a_torn_registry_json_tells(registry_path: Path, tmp_p
     with DaemonProcess(registry_path), RegistryClient(registry_path, autostart=False) as client:
         assert (client.lookup("arm"), client.lookup("old")) == (known, "node-7")
         assert client.get("old").last_seen == "2026-11-24T13:00:00.000000Z"
+
+
+def test_watchers_are_told_of_a_restore(registry_path: Path, tmp_path: Path) -> None:
+    """A watcher whose revision is newer than the backup is told `restored` by the daemon that has the backup."""
+    backup = tmp_path / "backup.db"
+    with DaemonProcess(registry_path) as daemon:
+        with RegistryClient(registry_path, autostart=False) as client:
+            client.backup(backup)
+            client.resolve("made after the backup", "node", acquire_lock=False)
+            seen = client.status()["revision"]
+        daemon.terminate()
+        registry_path.with_suffix(".db").write_bytes(b"garbage" * 1000)
+        assert run(registry_path, "restore", str(backup)).returncode == 0
+        daemon.start()
+        with RegistryClient(registry_path, autostart=False) as client:
+            events = client.watch(seen)
+    assert [event.kind for event in events][:1] == ["restored"]
+    assert events[0].why["base"] == "the backup"
+
+
+def test_tokens_after_a_restore_are_above_the_floor_that_was_given(registry_path: Path, tmp_path: Path) -> None:
+    """`restore --token-floor N` has every later fencing token above N, also where the clock would give lower ones."""
+    backup, floor = tmp_path / "backup.db", 5_000_000_000 << 20
+    with DaemonProcess(registry_path) as daemon, RegistryClient(registry_path, autostart=False) as client:
+        assert (client.resolve("arm", "node").fencing_token or 0) < floor
+        client.backup(backup)
+        daemon.terminate()
+    assert run(registry_path, "restore", str(backup), "--token-floor", str(floor + 7)).returncode == 0
+    with DaemonProcess(registry_path), RegistryClient(registry_path, autostart=False) as client:
+        assert (client.resolve("arm", "node", wait=30).fencing_token or 0) > floor + 7
+        assert (client.resolve("new", "node", wait=30).fencing_token or 0) > floor + 7
+    assert run(registry_path, "restore", str(backup), "--token-floor", str(1 << 53)).returncode == 2
+
+
+def test_daemon_that_is_told_to_stop_as_soon_as_it_listens_ends_in_order(registry_path: Path) -> None:
+    """SIGTERM just when the first socket is there ends the daemon with 0, like any other SIGTERM."""
+    daemon = DaemonProcess(registry_path)
+    for _ in range(5):
+        daemon.socket.unlink(missing_ok=True)
+        daemon.spawn()
+        deadline = time.monotonic() + PATIENCE_S
+        while not daemon.socket.exists():  # without a pause: the moment counts
+            assert time.monotonic() < deadline
+        assert daemon.terminate() == 0
 
 
 def damaged_behind_its_header(path: Path) -> None:

@@ -272,6 +272,28 @@ def test_import_unclear_file_changes_nothing(ctl: Ctl) -> None:
     ctl("import", "no-such-file.json", status=exits.USAGE)
 
 
+def test_backups_into_a_folder_are_dated_and_the_oldest_go(ctl: Ctl, tmp_path: Path) -> None:
+    """`backup --into DIR --keep N` writes a dated backup and removes the oldest beyond N, and nothing else in DIR."""
+    ctl("resolve", "arm", "--type", "node")
+    folder = tmp_path / "backups"
+    folder.mkdir()
+    old = [folder / f"registry-2026-01-0{day}T031500Z.db" for day in (1, 2, 3)]
+    others = [folder / name for name in ("other-2026-01-01T031500Z.db", "registry-2026.db", "registry-x.db", "notes")]
+    for path in (*old, *others):
+        path.touch()
+    report = ctl.json("backup", "--into", folder, "--keep", "2")
+    assert report["removed"] == [str(path) for path in old[:2]]
+    new = Path(report["file"])
+    assert new.parent == folder and new.stat().st_size == report["bytes"] > 0
+    assert set(folder.iterdir()) == {new, old[2], *others}
+    ahead = folder / "registry-2999-01-01T000000Z.db"  # made while the clock was wrong
+    ahead.touch()
+    newest = Path(ctl.json("backup", "--into", folder, "--keep", "1")["file"])
+    assert {path for path in folder.iterdir() if path not in others} == {newest}
+    for words in ((), ("FILE", "--into", folder), ("FILE", "--keep", "2"), ("--into", folder, "--keep", "0")):
+        ctl("backup", *words, status=exits.USAGE)
+
+
 def test_backup_is_a_whole_database(ctl: Ctl) -> None:
     """Backup writes a SQLite file with the caller's rights while the daemon serves; a folder without rights is told."""
     ctl("resolve", "a", "--type", "node")

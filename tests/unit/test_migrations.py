@@ -18,7 +18,7 @@ def tables(db: apsw.Connection) -> dict[str, list[tuple[object, ...]]]:
     """Return all that SQLite knows of the tables and indexes, without comments and spacing."""
     found: dict[str, list[tuple[object, ...]]] = {}
     for name, sql in db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"):
-        plain = re.sub(r"\s+", " ", re.sub(r"--.*", "", str(sql))).strip()
+        plain = re.sub(r"\s*([,()])\s*", r"\1", re.sub(r"\s+", " ", re.sub(r"--.*", "", str(sql))))
         found[str(name)] = [(plain,), *db.execute(f"PRAGMA table_xinfo({name})")]
     return found
 
