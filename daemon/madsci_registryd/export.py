@@ -160,7 +160,7 @@ class Export:
         self._to_put |= job.put
         self._to_drop |= job.drop
         self._made.clear()
-        before = set(self.claims)
+        before = self.claims - self._to_drop
         try:
             with self._open().locked(LOCK_WAIT_S):
                 self.has_lock = True

@@ -78,5 +78,47 @@ def test_earlier_daemons_claim_that_goes_in_the_pass_that_reads_it_is_gone(
     assert pair.session("m").resolve("arm").code == "held"
 
 
+def test_claim_that_was_to_go_when_a_write_failed_goes_all_the_same(
+    pair: FiledPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim that is due to be given back, and that a pass takes anew but cannot write, is given back later: the name
+    is not kept from old programs for ever."""
+    new = pair.session("n")
+    new.release("arm", new.resolve("arm").ok()["fencing_token"])
+    pair.wait(1.0)
+    pair.hold_passes = True
+    pair.wait(FREE_S)
+    job = pair.jobs.pop(0)
+    with pair.old().locked(), monkeypatch.context() as patch:
+        patch.setattr("madsci_registryd.export.LOCK_WAIT_S", 0.0)
+        pair.bridge.done(pair.export.run(job), was_asked=True)
+    new.resolve("arm")
+    job = pair.jobs.pop(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(RegistryFile, "write", no_room)
+        pair.bridge.done(pair.export.run(job), was_asked=True)
+    pair.turn()
+    pair.hold_passes = False
+    for _ in range(60):
+        pair.wait(1.0)
+    assert pair.bridge.claimed == pair.export.claims == set()
+    pair.old().resolve("arm")
+
+
+def test_rename_of_a_name_that_became_free_in_the_same_turn_waits_for_the_file(pair: FiledPair) -> None:
+    """A rename that would have been refused, but for a release just before it in the same turn, is not done unseen by
+    old programs: it is `busy`, and done when it is repeated."""
+    holder, other = pair.session("h"), pair.session("o")
+    granted = holder.resolve("arm").ok()
+    rename = {"old": "arm", "new": "leg", "id": granted["id"], "force": False}
+    released = {"name": "arm", "instance": "i", "fencing_token": granted["fencing_token"]}
+    holder.send("release", turn=False, **released)
+    asked = other.send("rename", turn=False, **rename)
+    pair.commit()
+    assert asked.code == "busy" and other.get("arm")["id"] == granted["id"]
+    assert other.send("rename", **rename).ok()["changed"]
+    assert pair.entry("leg")["id"] == granted["id"]
+
+
 def no_room(self: RegistryFile, parts: object) -> None:
     raise FileFault("no room", lasting=False) from OSError(errno.ENOSPC, "no room")
