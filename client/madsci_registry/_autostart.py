@@ -48,7 +48,7 @@ def refusal(endpoint: Endpoint, env: Mapping[str, str] | None = None) -> str | N
         return "the daemon's package (madsci_registryd) is not installed here"
     if env.get("MADSCI_REGISTRY_AUTOSTART") == "1":
         return None
-    return _foreign_folder(endpoint.registry.parent) or _in_container(endpoint, env) or _in_service()
+    return _kept(endpoint) or _foreign_folder(endpoint.registry.parent) or _in_container(endpoint, env) or _in_service()
 
 
 def lone_folder(endpoint: Endpoint, env: Mapping[str, str] | None = None) -> str | None:
@@ -79,6 +79,9 @@ def hint(endpoint: Endpoint) -> str:
         return "systemctl start madsci-registryd"
     if endpoint.registry is None:
         return f"madsci-registryd --socket {endpoint.socket} --registry PATH.json"
+    keeper = _keeper(endpoint)
+    if keeper is not None and keeper[1]:
+        return keeper[1]
     socket = f" --socket {endpoint.socket}" if endpoint.socket_is_given else ""
     return f"madsci-registryd --registry {endpoint.registry}{socket}"
 
@@ -256,6 +259,25 @@ def _nearest(folder: Path) -> Path:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder
+
+
+def _keeper(endpoint: Endpoint) -> tuple[str, str] | None:
+    """Return who starts the daemon again when it is gone, and how that is told to do so, as the daemon noted it."""
+    try:
+        lines = endpoint.socket.with_suffix(".kept").read_text(encoding="utf-8", errors="replace")[:1000].splitlines()
+    except OSError:
+        return None
+    by, start, *_ = [*("".join(c for c in line if c.isprintable()) for line in lines), "", ""]
+    return by or "somebody", start
+
+
+def _kept(endpoint: Endpoint) -> str | None:
+    """A daemon of ours would keep the one out that its unit or container is just about to start again."""
+    keeper = _keeper(endpoint)
+    if keeper is None:
+        return None
+    note = endpoint.socket.with_suffix(".kept")
+    return f"{keeper[0]} starts it (by {note}, which may be removed if that is over)"
 
 
 def _in_container(endpoint: Endpoint, env: Mapping[str, str]) -> str | None:

@@ -122,7 +122,13 @@ def _serve(settings: Any, autostarted: bool, config: Path | None, reload: Callab
     from madsci_registryd.settings import supervision
 
     # Without a file there is nothing to read anew, and SIGHUP ends the daemon with its terminal.
-    app = App(settings, config=config, reload=reload if config else None, supervision=supervision())
+    app = App(
+        settings,
+        config=config,
+        reload=reload if config else None,
+        supervision=supervision(),
+        is_autostarted=autostarted,
+    )
     try:
         app.start()
     except AlreadyServed as fault:

@@ -69,6 +69,7 @@ class App:
         config: Path | None = None,
         reload: Callable[[], Settings] | None = None,
         supervision: Supervision = NO_SUPERVISION,
+        is_autostarted: bool = False,
     ) -> None:
         """`config` is the settings' file, for messages; `reload` reads them anew, at SIGHUP; None: there is none."""
         self.settings = settings
@@ -76,6 +77,7 @@ class App:
         self._must_reload = False
         self._config = str(config or "the daemon's settings")
         self._supervision = supervision
+        self._is_autostarted = is_autostarted
         self.supervisor = Supervisor(supervision)
         self.places = Places(settings)
         self.clock = SystemClock()
@@ -112,6 +114,8 @@ class App:
         self.server.bind()
         self.lifelines.bind()
         self._watch_world(after_error)
+        if not self._is_autostarted:
+            self.supervisor.leave_word(self.places.kept, in_container=in_container())
         self.supervisor.ready(f"serving {self.places.registry}")
         where = self.places.registry, self.places.socket, self.core.epoch
         log.info("serving registry=%s socket=%s epoch=%d", *where, extra=messages.STARTED(version=VERSION))

@@ -172,6 +172,8 @@ class Places:
         default = (SYSTEM_SOCKETS if self.registry == SYSTEM_REGISTRY else state / "run") / f"{name}.sock"
         self.socket = settings.socket.absolute() if settings.socket else default
         self.lifeline = self.socket.with_suffix(".life")
+        self.kept = self.socket.with_suffix(".kept")
+        """Says to clients who starts the daemon again."""
         self.owns_socket_folder = settings.socket is None
         """The sockets' folder is there for them alone."""
 

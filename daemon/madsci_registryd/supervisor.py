@@ -10,8 +10,10 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
+from madsci_registry.cgroups import place_of
 from madsci_registryd import messages
 from madsci_registryd.faults import BadConfiguration
 from madsci_registryd.settings import Supervision
@@ -50,6 +52,27 @@ class Supervisor:
 
     def alive(self) -> None:
         self._say("WATCHDOG=1")
+
+    def leave_word(self, path: Path, *, in_container: bool) -> None:
+        """Note beside the sockets who starts this daemon again when it is gone: no client should, then. Where nobody
+        does, the note goes."""
+        keeper = ("a container of its own", "start that container") if in_container else self._unit()
+        try:
+            if keeper is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_text("\n".join(keeper) + "\n", encoding="utf-8")
+        except OSError as error:
+            log.info("clients cannot be told who starts the daemon: %s", error)
+
+    def _unit(self) -> tuple[str, str] | None:
+        if self._address is None:
+            return None
+        with suppress(OSError):
+            place = place_of(Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace"))
+            if place.unit is not None and place.stop_command is not None:
+                return f"the systemd unit {place.unit}", place.stop_command.replace(" stop ", " start ", 1)
+        return "a service manager", "start its service"
 
     def _say(self, message: str) -> None:
         if self._address is None:
