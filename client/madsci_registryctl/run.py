@@ -242,11 +242,20 @@ class _Forwarder:
             child.send_signal(self._early.pop(0))
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
-        if self._child is None:
-            self._early.append(number)
-        elif not (number in FROM_TERMINAL and _in_foreground()):
-            # Else the terminal has sent it to the child as well, and twice means something else to many programs.
+        # The terminal sends it to a child as well, and twice means something else to many programs.
+        is_told = number in FROM_TERMINAL and _has_child() and _in_foreground()
+        if self._child is not None and not is_told:
             self._child.send_signal(number)
+        elif not is_told:
+            self._early.append(number)
+
+
+def _has_child() -> bool:
+    """Tell whether a child is running, though its start may not have come back to us yet."""
+    try:
+        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
 
 
 def _in_foreground() -> bool:

@@ -45,10 +45,6 @@ def test_holder_that_goes_while_it_takes_its_lock_back_does_not_keep_it(
                 lifeline.connect(str(after_error.lifeline))
                 lifeline.sendall(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
             until(lambda: client.history("arm")[-1].kind == "ended", "for the lock to end")
-            import time
-
-            time.sleep(4)
-            print(client.sessions(), client.history())
             granted, ended = client.history("arm")[-2:]
             assert granted.why == {"fencing_token": token + 1, "reasserted": True}
             assert ended.why["reason"] == "its connection ended and it did not resume"

@@ -53,9 +53,11 @@ class Running:
 
 
 @pytest.fixture
-def running(ctl: Ctl) -> Iterator[Running]:
-    """A command that holds the name `a`."""
-    made = Running(ctl)
+def running(ctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    """A command that holds the name `a`; its registryctl starts no daemon where the test ends one."""
+    with monkeypatch.context() as patch:
+        patch.setenv("MADSCI_REGISTRY_AUTOSTART", "0")
+        made = Running(ctl)
     yield made
     made.end()
 
