@@ -4,11 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REGISTRY := $(CURDIR)/.madsci/registry.json
-SOURCES := client daemon tests bench
+SOURCES := client daemon lab tests bench
 # Where `make install` puts the program: its own virtual environment, never a folder that holds anything else.
 PREFIX ?= /opt/madsci-registryd
+# Where it is linked, as PREFIX/bin is on no PATH.
+BINDIR ?= /usr/local/bin
+PROGRAMS := registryctl madsci-registryd
 
-.PHONY: help run test check format bench chaos clean install uninstall
+.PHONY: help run test check format bench chaos clean check-prefix install uninstall
 .DEFAULT_GOAL := help
 
 help:
@@ -55,20 +58,28 @@ bench: $(STAMP)
 chaos: $(STAMP)
 	$(BIN)/python -m pytest -m chaos -s tests/chaos
 
-install:
-	@test "$$(id -u)" = 0 || { echo "make install needs root: sudo make install" >&2; exit 1; }
+check-prefix:
+	@test "$$(id -u)" = 0 || { echo "make $(MAKECMDGOALS) needs root: sudo make $(MAKECMDGOALS)" >&2; exit 1; }
+	@printf '%s' '$(PREFIX)' | grep -Eqx '/[A-Za-z0-9_/.+@:,=-]+' || \
+	{ echo "PREFIX=$(PREFIX) cannot stand in a unit file: say an absolute path without spaces or quotes" >&2; exit 1; }
+
+install: check-prefix
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, say make PYTHON=... install")'
 	@$(PYTHON) -c 'import os, sys; at = os.path.realpath(sys.base_prefix); \
 	sys.exit(at.startswith(("/home/", "/root/", "/tmp/")) and at + ": no service may look there, say make PYTHON=/usr/bin/python3 install")'
 	@test ! -e '$(PREFIX)' -o -e '$(PREFIX)/.made-by-make-install' || { echo "$(PREFIX) exists and is not ours, say make PREFIX=... install" >&2; exit 1; }
 	umask 022 && mkdir -p '$(PREFIX)' && touch '$(PREFIX)/.made-by-make-install' && $(PYTHON) -m venv '$(PREFIX)'
 	umask 022 && '$(PREFIX)/bin/python' -m pip install --quiet --disable-pip-version-check --no-cache-dir --upgrade .
+	@umask 022 && mkdir -p '$(BINDIR)' && for name in $(PROGRAMS); do at='$(BINDIR)'/$$name; \
+	if [ ! -e "$$at" ] && [ ! -L "$$at" ]; then ln -s '$(PREFIX)'/bin/$$name "$$at" && echo "linked     $$at"; \
+	elif [ "$$(readlink "$$at")" != '$(PREFIX)'/bin/$$name ]; then echo "kept       $$at, which is something else"; fi; done
 	'$(PREFIX)/bin/registryctl' service install --system
 
-uninstall:
-	@test "$$(id -u)" = 0 || { echo "make uninstall needs root: sudo make uninstall" >&2; exit 1; }
+uninstall: check-prefix
 	@test -e '$(PREFIX)/.made-by-make-install' || { echo "make install has put nothing into $(PREFIX)" >&2; exit 1; }
 	test ! -x '$(PREFIX)/bin/registryctl' || '$(PREFIX)/bin/registryctl' service uninstall --system
+	@for name in $(PROGRAMS); do at='$(BINDIR)'/$$name; \
+	if [ "$$(readlink "$$at")" = '$(PREFIX)'/bin/$$name ]; then rm "$$at" && echo "removed    $$at"; fi; done
 	rm -rf '$(PREFIX)'
 
 clean:

@@ -137,9 +137,11 @@ class Sandbox:
         """Run the installed registryctl."""
         return self.run(PREFIX / "bin" / "registryctl", *arguments, **how)
 
-    def worker(self, registry: str | Path = SYSTEM_REGISTRY, *, user: str | None = None) -> InnerWorker:
-        """Start a client process in it, as root or a user."""
-        return InnerWorker(self, registry, user)
+    def worker(
+        self, registry: str | Path = SYSTEM_REGISTRY, *, user: str | None = None, autostart: bool = False
+    ) -> InnerWorker:
+        """Start a client process in it, as root or a user; `autostart`: it may start a daemon as any client may."""
+        return InnerWorker(self, registry, user, autostart=autostart)
 
     def write(self, path: str | Path, text: str, mode: int = 0o644) -> None:
         """Write a file in it, with its folder."""
@@ -174,8 +176,9 @@ class Sandbox:
 class InnerWorker(Worker):
     """A client process in a sandbox (tests/worker.py); `pid` is the one that it has in there."""
 
-    def __init__(self, sandbox: Sandbox, registry: str | Path, user: str | None) -> None:
-        words = ("env", "MADSCI_REGISTRY_AUTOSTART=0", sandbox.python, SOURCE / "tests" / "worker.py", registry)
+    def __init__(self, sandbox: Sandbox, registry: str | Path, user: str | None, *, autostart: bool) -> None:
+        setting = f"MADSCI_REGISTRY_AUTOSTART={'' if autostart else '0'}"
+        words = ("env", setting, sandbox.python, SOURCE / "tests" / "worker.py", registry)
         self._process = subprocess.Popen(
             sandbox.words(*words, user=user), stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )

@@ -360,6 +360,11 @@ def test_variables_of_the_compose_files_are_all_in_the_example() -> None:
     assert shown == used
 
 
+def test_example_is_appended_to_a_file_without_a_last_newline() -> None:
+    """Appended to a .env whose last line has no end, dotenv.example spoils no value: it begins with an empty line."""
+    assert (FILES / "dotenv.example").read_text().startswith("\n#")
+
+
 def test_files_hold_no_secret_and_no_path_of_a_machine() -> None:
     """The files name no home but MADSci's, and no password."""
     for path in FILES.iterdir():

@@ -14,7 +14,7 @@ import pytest
 
 from helpers import PATIENCE_S, PROJECT
 from madsci_registry.errors import BusyError, InvalidError, UnsupportedError
-from madsci_registryctl.service import plan, reach, systemd, units
+from madsci_registryctl.service import choice, plan, reach, systemd, units
 from madsci_registryctl.service.files import Disk, File, Outcome
 
 OPT = Path("/opt/elsewhere/bin")
@@ -107,6 +107,7 @@ def test_instance_is_what_systemd_makes_of_a_path(path: str) -> None:
         [program, "--path", path], capture_output=True, text=True, timeout=PATIENCE_S, check=True
     ).stdout
     assert units.instance(PurePath(path)) == made.rstrip("\n")
+    assert units.folder_of(units.unit_of(plan.TEMPLATE, PurePath(path))) == Path(path)
 
 
 def test_folder_too_long_for_a_unit_is_refused() -> None:
@@ -120,11 +121,12 @@ def test_folder_too_long_for_a_unit_is_refused() -> None:
 def test_removal_of_all_has_every_file_of_an_installation() -> None:
     """What installations of any kind write, the removal of all takes away; sockets and timers are stopped first."""
     installed = [*planned(OF_SYSTEM).files, *planned(OF_FOLDER, owner="ann").files]
-    removal = plan.removal_of_all(OF_SYSTEM, ["madsci-registryd@.service", f"{OF_FOLDER.unit}.d", "other@x.service"])
+    removal = plan.removal(OF_SYSTEM, ["madsci-registryd@.service", f"{OF_FOLDER.unit}.d", "other@x.service"])
     assert set(removal.files) == {file.path for file in installed}
     assert removal.units[:2] == ("madsci-registryd.socket", "madsci-registryd-backup.timer")
     assert removal.units[-1] == OF_FOLDER.unit
-    of_user = plan.removal_of_all(OF_USER, ["madsci-registryd@.service", OF_USER.unit])
+    assert removal.notes == (Path("/run/madsci/registry.kept"), Path("/srv/lab/.madsci/run/registry.kept"))
+    of_user = plan.removal(replace(OF_USER, folder=None), ["madsci-registryd@.service", OF_USER.unit])
     assert of_user.units == (OF_USER.unit,)
     assert {file.path for file in planned(OF_USER).files} <= set(of_user.files)
 
@@ -132,11 +134,28 @@ def test_removal_of_all_has_every_file_of_an_installation() -> None:
 def test_removal_of_a_folder_leaves_the_template_to_others() -> None:
     """The template unit goes with the last folder that it serves."""
     template = OF_FOLDER.unit_folder / plan.TEMPLATE
-    alone = plan.removal_of_folder(OF_FOLDER, [plan.TEMPLATE, OF_FOLDER.unit, f"{OF_FOLDER.unit}.d"])
+    alone = plan.removal(OF_FOLDER, [plan.TEMPLATE, OF_FOLDER.unit, f"{OF_FOLDER.unit}.d"])
     assert template in alone.files
-    another = plan.removal_of_folder(OF_FOLDER, [plan.TEMPLATE, OF_FOLDER.unit, "madsci-registryd@srv-b.service"])
+    another = plan.removal(OF_FOLDER, [plan.TEMPLATE, OF_FOLDER.unit, "madsci-registryd@srv-b.service"])
     assert template not in another.files
     assert another.units == (OF_FOLDER.unit,)
+
+
+def test_removal_leaves_what_runs_another_program() -> None:
+    """The host's units stay where the service runs another program, and so do those of folders, with all files."""
+    there = [plan.SERVICE, plan.TEMPLATE, OF_FOLDER.unit]
+    assert plan.removal(OF_SYSTEM, there, foreign=[plan.SERVICE]).units == (OF_FOLDER.unit,)
+    assert OF_FOLDER.unit not in plan.removal(OF_SYSTEM, there, foreign=[plan.TEMPLATE]).units
+    assert plan.removal(OF_SYSTEM, there, foreign=[plan.SERVICE, plan.TEMPLATE]) == plan.Removal()
+
+
+def test_program_of_a_unit_is_read() -> None:
+    """The daemons that a unit file runs are found in all that is written: with a prefix, behind another program."""
+    for name in (plan.SERVICE, plan.TEMPLATE, f"user/{plan.TEMPLATE}"):
+        assert units.daemons_in(units.read(name, OPT)) == [OPT / "madsci-registryd"]
+    wrapped = "[Service]\nExecStart=\nExecStart=-/usr/bin/nice /opt/x/madsci-registryd --export\n"
+    assert units.daemons_in(wrapped) == [Path("/opt/x/madsci-registryd")]
+    assert units.daemons_in("[Service]\nExecStart=sleep 1000\n") == []
 
 
 def test_log_of_a_user_is_asked_for_as_the_users() -> None:
@@ -236,7 +255,7 @@ def test_link_on_the_way_is_followed_for_users_alone(disk: Disk, tmp_path: Path)
     (elsewhere / "system").mkdir(parents=True)
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/systemd").symlink_to(elsewhere)
-    with pytest.raises(OSError, match="etc/systemd") as caught:
+    with pytest.raises(OSError, match=r"is a link, .*etc/systemd") as caught:
         written(disk, UNIT)
     assert caught.value.errno in (errno.ELOOP, errno.ENOTDIR)
     assert list((elsewhere / "system").iterdir()) == []
@@ -293,6 +312,7 @@ def test_remove_takes_file_and_own_folder(disk: Disk, tmp_path: Path) -> None:
 def opt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that counts as one that no unit hides, and that everybody may enter."""
     monkeypatch.setattr(reach, "HIDDEN", {str(tmp_path / "home"): "ProtectHome= hides it"})
+    monkeypatch.setattr(reach, "TRUSTED_UID", os.geteuid())
     monkeypatch.setattr(reach, "_closed", closed_below(tmp_path))
     (tmp_path / "home").mkdir()
     (tmp_path / "opt").mkdir()
@@ -334,7 +354,7 @@ def test_program_in_a_hidden_folder_is_not_reached(opt: Path) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "file_mode", "word"),
-    [(0o700, 0o755, "enter"), (0o755, 0o700, "read"), (0o777, 0o755, "everybody"), (0o755, 0o757, "everybody")],
+    [(0o700, 0o755, "enter"), (0o755, 0o700, "read"), (0o777, 0o755, "change it"), (0o755, 0o757, "change it")],
 )
 def test_program_with_wrong_rights_is_refused(opt: Path, folder: int, file_mode: int, word: str) -> None:
     """A program that other users may not reach, or that everybody may change, is refused with the mode."""
@@ -342,6 +362,20 @@ def test_program_with_wrong_rights_is_refused(opt: Path, folder: int, file_mode:
     found.parent.chmod(folder)
     (sentence,) = reach.obstacles([found])
     assert word in sentence
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files to others")
+def test_program_that_is_not_roots_alone_is_refused(opt: Path) -> None:
+    """A program that another user owns, or that a group may change, could be turned into another one that the system
+    runs: both are said, whatever the modes of the rest."""
+    found = program(opt / "bin/madsci-registryd")
+    os.chown(found.parent, 4242, 4242)
+    assert reach.obstacles([found]) == [f"{found.parent} belongs to uid 4242, who could change it"]
+    os.chown(found.parent, 0, 4242)
+    found.parent.chmod(0o775)
+    assert reach.obstacles([found]) == [f"{found.parent} has mode 0775: others than root may change it"]
+    os.chown(found.parent, 0, 0)
+    assert reach.obstacles([found]) == []
 
 
 def test_missing_part_is_named(opt: Path) -> None:
@@ -397,3 +431,57 @@ def test_user_without_a_systemd_of_its_own_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.delenv("DBUS_SESSION_BUS_ADDRESS", raising=False)
     with pytest.raises(UnsupportedError, match=r"no systemd of user .*loginctl enable-linger"):
         systemd.require("user")
+
+
+@pytest.mark.parametrize("closed", [PermissionError, NotADirectoryError])
+def test_lingering_that_may_not_be_seen_is_taken_for_granted(
+    monkeypatch: pytest.MonkeyPatch, closed: type[OSError]
+) -> None:
+    """Where /var/lib/systemd is closed to this user nothing fails, and nothing is advised."""
+
+    def look(path: Path) -> bool:
+        raise closed(str(path))
+
+    monkeypatch.setattr(Path, "exists", look)
+    assert systemd.lingers()
+
+
+def test_journal_that_this_user_may_not_read_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file of the journal that may be read is enough; a host without a journal is not held against the user."""
+    monkeypatch.setattr(systemd, "JOURNALS", (tmp_path, tmp_path / "gone"))
+    assert systemd.may_read_journal()
+    (tmp_path / "id").mkdir()
+    assert not systemd.may_read_journal()
+    (tmp_path / "id/system.journal").touch()
+    assert systemd.may_read_journal()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert not systemd.may_read_journal()
+
+
+def test_folder_that_is_no_registrys_is_refused(tmp_path: Path) -> None:
+    """The root of the machine, and the folder of the system's registry, get no service as a folder."""
+    with pytest.raises(InvalidError, match="no folder for a registry"):
+        choice.check_folder(Path("/"))
+    with pytest.raises(InvalidError, match="--system without --folder"):
+        choice.check_folder(Path("/var/lib/madsci"))
+    choice.check_folder(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give a folder to nobody")
+def test_folder_of_nobody_known_is_refused(tmp_path: Path) -> None:
+    """A folder whose owner is in no password database is refused by its number: systemd starts nothing as it."""
+    os.chown(tmp_path, 424242, 0)
+    with pytest.raises(InvalidError, match="uid 424242, which is in no password database"):
+        choice.owner_of(tmp_path)
+
+
+def test_command_is_said_as_it_is_found(opt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a person is told to type is the name where PATH leads to this program, be it by a link, else its path."""
+    ours = program(opt / "venv/bin/registryctl")
+    monkeypatch.setenv("PATH", str(opt))
+    assert choice.as_typed(ours) == str(ours)
+    (opt / "registryctl").symlink_to(ours)
+    assert choice.as_typed(ours) == "registryctl"
+    (opt / "registryctl").unlink()
+    program(opt / "registryctl")
+    assert choice.as_typed(ours) == str(ours)

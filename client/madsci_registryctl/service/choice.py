@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from madsci_registry._endpoint import SYSTEM_REGISTRY
 from madsci_registry.errors import InvalidError, PermissionDeniedError, UnsupportedError
 from madsci_registryctl.invocation import Invocation
 from madsci_registryctl.service.plan import SYSTEM_UNITS, Scope, Service
@@ -75,7 +76,11 @@ def home() -> Path:
 def check_folder(folder: Path) -> None:
     """Raise InvalidError where this can be no `.madsci` folder."""
     reason = None
-    if not str(folder).isprintable():
+    if folder == SYSTEM_REGISTRY.parent:
+        reason = "has the system's registry in it: say --system without --folder"
+    elif folder == Path("/"):
+        reason = "is no folder for a registry"
+    elif not str(folder).isprintable():
         reason = "has characters in its path that cannot be shown"
     elif folder.exists() and not folder.is_dir():
         reason = "is no folder"
@@ -88,7 +93,7 @@ def check_folder(folder: Path) -> None:
 
 
 def owner_of(folder: Path) -> str:
-    """Return who owns a folder, by name or by uid. Raises InvalidError: there is no such folder."""
+    """Return who owns a folder, by name or by uid. Raises InvalidError: no such folder, or no such user."""
     try:
         uid = folder.stat().st_uid
     except FileNotFoundError:
@@ -97,8 +102,15 @@ def owner_of(folder: Path) -> str:
     try:
         name = pwd.getpwuid(uid).pw_name
     except KeyError:
-        return str(uid)
+        reason = f"belongs to uid {uid}, which is in no password database: systemd runs nothing as that user"
+        raise InvalidError(f"--folder: {folder} {reason}", field="folder", reason=reason) from None
     return name if _USER_NAME.fullmatch(name) else str(uid)
+
+
+def as_typed(program: Path) -> str:
+    """Return what a person types for a program: its name where PATH leads to it, else its path."""
+    found = shutil.which(program.name)
+    return program.name if found and os.path.realpath(found) == os.path.realpath(program) else str(program)
 
 
 def require_rights(service: Service) -> None:

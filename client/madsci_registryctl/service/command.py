@@ -95,18 +95,16 @@ def uninstall_command(invocation: Invocation, scope: Scope | None, folder: Path 
     stay, and so does the user madsci.
     """
     from madsci_registryctl.service import choice
-    from madsci_registryctl.service.plan import Service, removal_of_all, removal_of_folder
-    from madsci_registryctl.service.work import Report, present, uninstall
+    from madsci_registryctl.service.plan import Service
+    from madsci_registryctl.service.work import Report, uninstall
 
     if folder is None:
         service = Service(scope or choice.default_scope(), choice.home())
-        removal = removal_of_all(service, present(service))
     else:
         service = choice.chosen(invocation, scope, folder)
-        removal = removal_of_folder(service, present(service))
     choice.require_rights(service)
     report = Report(invocation)
-    uninstall(report, service, removal)
+    uninstall(report, service)
     report.end(None if folder is None else service.unit, [*_kept(report), *_what_is_left(report, service)])
 
 
@@ -123,7 +121,7 @@ def logs_command(
 
     Without --user or --system: the service of the registry that `registryctl where` names.
     """
-    from madsci_registryctl.service import choice
+    from madsci_registryctl.service import choice, systemd
     from madsci_registryctl.service.plan import journal
 
     options = ["--follow"] if follow else []
@@ -133,6 +131,11 @@ def logs_command(
     if shutil.which(command[0]) is None:
         reason = f"{command[0]} is not here: this host has no systemd, or keeps its logs elsewhere"
         raise UnsupportedError(reason, reason=reason)
+    if not systemd.may_read_journal():
+        user = systemd.user_name()
+        invocation.say(
+            f"You may not read the journal. To be let in: sudo usermod --append --groups systemd-journal {user}"
+        )
     sys.stdout.flush()
     sys.stderr.flush()
     os.execvp(command[0], command)
@@ -174,27 +177,33 @@ def _kept(report: Report) -> list[str]:
 
 
 def _how_to_look(service: Service) -> list[str]:
-    from madsci_registryctl.service import systemd
+    from madsci_registryctl.service import choice, reach, systemd
 
+    registryctl = shlex.quote(choice.as_typed(reach.program().with_name("registryctl")))
     when = "after each boot" if service.scope == "system" else "whenever you log in"
     of = "" if service.folder is None else f" --folder {shlex.quote(str(service.folder))}"
     named = "" if service.folder is None else f" --registry {shlex.quote(str(service.registry))}"
     lines = [
         f"madsci-registryd serves {service.registry}, now and {when}. To look at it:",
         f"  {shlex.join(service.systemctl('status', service.unit))}",
-        f"  registryctl{named} status",
-        f"  registryctl service logs --{service.scope}{of}",
+        f"  {registryctl}{named} status",
+        f"  {registryctl} service logs --{service.scope}{of}",
     ]
     if service.folder is None:
-        lines.append("Who may use it: `access` in /etc/madsci/registryd.toml; then systemctl reload madsci-registryd")
+        lines.append("Who may use it: `access` in /etc/madsci/registryd.toml; then systemctl restart madsci-registryd")
     if service.scope == "user" and not systemd.lingers():
         lines.append(f"It ends with your last session. To keep it: sudo loginctl enable-linger {systemd.user_name()}")
     return lines
 
 
 def _what_is_left(report: Report, service: Service) -> list[str]:
-    if not report.paths("removed", "kept"):
+    from madsci_registry._endpoint import SYSTEM_CONFIG
+
+    if report.is_empty():
         return ["Nothing is installed."]
-    if service.scope == "system" and service.folder is None:
-        return ["Left: /var/lib/madsci with registry and backups, and the user madsci, whom they belong to."]
-    return ["Registries are left as they are."]
+    lines = [f"Left, as it runs another program than this one's: {path}" for path in report.left]
+    if service.scope == "user" or service.folder is not None:
+        return [*lines, "Registries are left as they are."]
+    if str(SYSTEM_CONFIG) in report.paths("kept"):
+        lines.append(f"As long as it exists, programs look for the registry of this host: rm {SYSTEM_CONFIG}")
+    return [*lines, "Left: /var/lib/madsci with registry and backups, and the user madsci, whom they belong to."]

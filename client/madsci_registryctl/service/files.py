@@ -63,7 +63,7 @@ class Disk:
                 raise BusyError(f"another registryctl service is at work in {folder}") from None
             yield
 
-    def outcome_of_writing(self, file: File) -> Outcome:
+    def _outcome(self, file: File) -> Outcome:
         """Say what `write` would do with a file, without doing it. Raises OSError."""
         found = self._read(file.path)
         if found is None:
@@ -91,7 +91,7 @@ class Disk:
                 yield file.path, outcome
 
     def _stage(self, stack: ExitStack, file: File) -> tuple[Outcome, int | None]:
-        outcome = self.outcome_of_writing(file)
+        outcome = self._outcome(file)
         if outcome not in ("written", "replaced"):
             return outcome, None
         with _named(file.path):
@@ -122,6 +122,24 @@ class Disk:
         """Tell whether there is anything at a path. Raises OSError."""
         return self._read(path) is not None
 
+    def text(self, path: Path) -> str:
+        """Return the text of a file; empty where there is no plain file. Raises OSError."""
+        found = self._read(path)
+        return "" if found is None else found[0].decode("utf-8", "replace")
+
+    def discard(self, path: Path) -> None:
+        """Remove a file, whatever is in it. Raises OSError."""
+        with _named(path), self._opened(path.parent) as folder:
+            os.unlink(path.name, dir_fd=folder)
+
+    def check_writable(self, folder: Path) -> None:
+        """Raise OSError where nothing can be removed from a folder: before anything was changed, that is."""
+        with self._opened(folder) as place:
+            if not os.access(".", os.W_OK, dir_fd=place, effective_ids=True):
+                is_read_only = os.fstatvfs(place).f_flag & os.ST_RDONLY
+                number = errno.EROFS if is_read_only else errno.EACCES
+                raise OSError(number, os.strerror(number), str(folder))
+
     def names(self, folder: Path) -> list[str]:
         """List what is in a folder, sorted; nothing where there is no such folder. Raises OSError."""
         try:
@@ -139,7 +157,7 @@ class Disk:
             except (FileNotFoundError, NotADirectoryError):
                 return None
             except OSError as error:
-                if error.errno == errno.ELOOP and self._is_link(path):
+                if error.errno == errno.ELOOP and _is_link(path.name, folder):
                     return b"", 0, -1
                 raise
             found = os.fstat(handle)
@@ -149,10 +167,6 @@ class Disk:
             with os.fdopen(handle, "rb") as stream:
                 content = stream.read()
         return content, stat.S_IMODE(found.st_mode), found.st_uid
-
-    def _is_link(self, path: Path) -> bool:
-        with self._opened(path.parent) as folder:
-            return stat.S_ISLNK(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode)
 
     @contextmanager
     def _opened(self, folder: Path, *, make: bool = False) -> Iterator[int]:
@@ -177,10 +191,19 @@ def _enter(name: str, above: int, *, make: bool, follows_links: bool) -> int:
         with suppress(FileExistsError):
             os.mkdir(name, 0o755, dir_fd=above)
             made = True
-    inner = os.open(name, _DIRECTORY | (0 if follows_links else os.O_NOFOLLOW), dir_fd=above)
+    try:
+        inner = os.open(name, _DIRECTORY | (0 if follows_links else os.O_NOFOLLOW), dir_fd=above)
+    except NotADirectoryError as error:
+        if not follows_links and _is_link(name, above):
+            error.strerror = "is a link, which is not followed for the system: put a folder in its place"
+        raise
     if made and not follows_links:
         os.fchmod(inner, 0o755)  # whatever root's umask: daemon and clients have to look in
     return inner
+
+
+def _is_link(name: str, folder: int) -> bool:
+    return stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
 
 
 def _new(path: Path) -> str:

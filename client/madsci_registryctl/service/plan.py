@@ -10,7 +10,7 @@ Every command may be run again: it then does nothing that is done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,9 +58,14 @@ class Service:
         return SYSTEM_REGISTRY if self.folder is None else self.folder / "registry.json"
 
     @property
-    def lifeline(self) -> Path:
-        """Where its daemon listens for sessions."""
-        return (SYSTEM_RUN if self.folder is None else self.folder / "run") / "registry.life"
+    def run(self) -> Path:
+        """The folder of its sockets."""
+        return SYSTEM_RUN if self.folder is None else self.folder / "run"
+
+    @property
+    def kept(self) -> Path:
+        """The note of its daemon that keeps clients from starting another one."""
+        return self.run / "registry.kept"
 
     @property
     def unit_folder(self) -> Path:
@@ -106,7 +111,7 @@ def installation(service: Service, programs: Path, *, owner: str | None, socket_
 
 
 def _of_system(service: Service, programs: Path, *, socket_activation: bool) -> Plan:
-    unit_files = [File(SYSTEM_UNITS / name, units.read(f"{name}", programs)) for name in SYSTEM_FILES]
+    unit_files = [File(SYSTEM_UNITS / name, units.read(name, programs)) for name in SYSTEM_FILES]
     others = [
         File(SYSUSERS, units.read("sysusers.d/madsci-registryd.conf", programs)),
         File(TMPFILES, units.read("tmpfiles.d/madsci-registryd.conf", programs)),
@@ -123,7 +128,7 @@ def _of_system(service: Service, programs: Path, *, socket_activation: bool) -> 
 
 def _of_folder(service: Service, programs: Path, owner: str | None) -> Plan:
     assert service.folder is not None
-    source = f"{TEMPLATE}" if service.scope == "system" else f"user/{TEMPLATE}"
+    source = TEMPLATE if service.scope == "system" else f"user/{TEMPLATE}"
     files = [File(service.unit_folder / TEMPLATE, units.read(source, programs))]
     if owner is not None:
         files.append(File(_owner_file(service.unit_folder, service.unit), owner_text(owner)))
@@ -143,32 +148,37 @@ def _owner_file(folder: Path, unit: str) -> Path:
 class Removal:
     """What takes services away again; what is not there is passed over."""
 
-    units: tuple[str, ...]
+    units: tuple[str, ...] = ()
     """Which are stopped and disabled, in this order: sockets first, that nobody starts the service again."""
-    files: tuple[Path, ...]
+    files: tuple[Path, ...] = ()
+    notes: tuple[Path, ...] = ()
+    """What the daemons have noted beside their sockets, see `Service.kept`."""
+
+    def __add__(self, other: Removal) -> Removal:
+        return Removal(self.units + other.units, self.files + other.files, self.notes + other.notes)
 
 
-def removal_of_all(service: Service, present: Iterable[str]) -> Removal:
-    """Return what takes away all that was installed for the system, or for one user.
+def removal(service: Service, present: Collection[str], *, foreign: Collection[str] = ()) -> Removal:
+    """Return what takes the service of a folder away, or without a folder all of the system's or of one user's.
 
     Args:
-        service: any of theirs.
+        service: which one, or any of theirs.
         present: names of what is in the folder of the units, and in the folders `*.wants` below it.
+        foreign: the unit files, `SERVICE` or `TEMPLATE`, that run another program; they stay with all that is theirs.
     """
-    folder = service.unit_folder
+    found = Removal()
+    if service.folder is None and service.scope == "system" and SERVICE not in foreign:
+        files = (*(service.unit_folder / name for name in SYSTEM_FILES), SYSUSERS, TMPFILES, SYSTEM_CONFIG)
+        found += Removal(SYSTEM_FILES, files, (service.kept,))
+    if TEMPLATE in foreign:
+        return found
     instances = instances_in(present)
-    files = [folder / TEMPLATE, *(_owner_file(folder, unit) for unit in instances)]
-    if service.scope == "user":
-        return Removal(tuple(instances), tuple(files))
-    files = [*(folder / name for name in SYSTEM_FILES), *files, SYSUSERS, TMPFILES, SYSTEM_CONFIG]
-    return Removal((*SYSTEM_FILES, *instances), tuple(files))
-
-
-def removal_of_folder(service: Service, present: Iterable[str]) -> Removal:
-    """Return what takes the service of one folder away: the template too, if no other folder uses it."""
-    others = [unit for unit in instances_in(present) if unit != service.unit]
-    template = [] if others else [service.unit_folder / TEMPLATE]
-    return Removal((service.unit,), (_owner_file(service.unit_folder, service.unit), *template))
+    folders = [service.folder] if service.folder else [units.folder_of(unit) for unit in instances]
+    for one in (Service(service.scope, service.home, folder) for folder in folders):
+        found += Removal((one.unit,), (_owner_file(one.unit_folder, one.unit),), (one.kept,))
+    if set(instances) <= set(found.units):
+        found += Removal(files=(service.unit_folder / TEMPLATE,))
+    return found
 
 
 def instances_in(names: Iterable[str]) -> list[str]:

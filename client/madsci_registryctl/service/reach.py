@@ -15,6 +15,8 @@ from pathlib import Path
 from madsci_registry.errors import UnsupportedError
 
 PROGRAM = "madsci-registryd"
+TRUSTED_UID = 0
+"""Whose all of it has to be, as the system runs it: root."""
 HIDDEN = {
     "/home": "ProtectHome= hides it",
     "/root": "ProtectHome= hides it",
@@ -85,8 +87,11 @@ def _closed(path: Path) -> Iterator[str]:
             yield f"{step}: {error.strerror}"
             return
         mode, is_folder = stat.S_IMODE(found.st_mode), stat.S_ISDIR(found.st_mode)
+        if found.st_uid != TRUSTED_UID:
+            yield f"{step} belongs to uid {found.st_uid}, who could change it"
         needed = stat.S_IXOTH if is_folder else stat.S_IROTH
         if not mode & needed:
             yield f"{step} has mode {mode:04o}: other users may not {'enter' if is_folder else 'read'} it"
-        if mode & stat.S_IWOTH and not (is_folder and mode & stat.S_ISVTX):
-            yield f"{step} has mode {mode:04o}: everybody may change it"
+        writers = mode & (stat.S_IWOTH | (stat.S_IWGRP if found.st_gid else 0))
+        if writers and not (is_folder and mode & stat.S_ISVTX):
+            yield f"{step} has mode {mode:04o}: others than root may change it"

@@ -19,6 +19,7 @@ from madsci_registryctl.service.plan import Command, Scope, systemctl
 BOOTED = Path("/run/systemd/system")
 """Is there where systemd is PID 1: sd_booted(3)."""
 LINGER = Path("/var/lib/systemd/linger")
+JOURNALS = (Path("/var/log/journal"), Path("/run/log/journal"))
 
 
 def require(scope: Scope) -> None:
@@ -50,11 +51,6 @@ def run(command: Command, hint: str) -> None:
         raise UnavailableError(f"`{shlex.join(command)}` failed: {_said(done)}", hint=hint)
 
 
-def has(command: Command) -> bool:
-    """Tell whether a command of systemd that asks for something says yes."""
-    return _run(command).returncode == 0
-
-
 def shown(scope: Scope, unit: str, what: str) -> str:
     """Return a property of a unit as text; empty where there is none."""
     return _run(systemctl(scope, "show", "--value", f"--property={what}", unit)).stdout.strip()
@@ -77,7 +73,16 @@ def user_name() -> str:
 
 def lingers() -> bool:
     """Tell whether this user's services run without a login. True too where that may not be seen."""
-    return (LINGER / user_name()).exists()
+    try:
+        return (LINGER / user_name()).exists()
+    except OSError:
+        return True
+
+
+def may_read_journal() -> bool:
+    """Tell whether this user may read any of the journal's files; True too where there is no journal."""
+    hosts = [folder for journal in JOURNALS for folder in journal.glob("*")]
+    return not hosts or any(os.access(file, os.R_OK) for folder in hosts for file in folder.glob("*.journal"))
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:

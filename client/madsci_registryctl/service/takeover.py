@@ -15,7 +15,8 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from madsci_registry.cgroups import place_of
-from madsci_registry.errors import BusyError, ConflictError
+from madsci_registry.client import RegistryClient
+from madsci_registry.errors import BusyError, ConflictError, RegistryTimeoutError, UnavailableError
 from madsci_registryctl.service import systemd
 from madsci_registryctl.service.plan import SOCKET, Service
 from madsci_registryctl.stop import connect, peer_pid, process, terminate
@@ -49,15 +50,38 @@ def handed_over(service: Service) -> Iterator[int | None]:
         yield pid
 
 
+def check_served(service: Service) -> None:
+    """Ask the registry whether it is this service's daemon that answers.
+
+    Raises:
+        ConflictError: another one does. UnavailableError: none does, such as where a person's own unit has the name.
+    """
+    try:
+        with RegistryClient(str(service.registry), autostart=False, timeout=STARTING_S) as client:
+            pid = client.status()["pid"]
+    except (UnavailableError, RegistryTimeoutError) as error:
+        found = state(service, service.unit)
+        raise UnavailableError(f"{service.unit} is {found}, but does not serve: {error.message}") from None
+    with suppress(OSError):
+        if place_of(Path(f"/proc/{pid}/cgroup").read_text()).unit != service.unit:
+            raise ConflictError(f"{service.registry} is served, but not by {service.unit}: by {_described(pid)}")
+
+
+def state(service: Service, unit: str) -> str:
+    """Return the ActiveState of a unit of the service's systemd."""
+    return systemd.shown(service.scope, unit, "ActiveState")
+
+
 @contextmanager
 def _other_daemon(service: Service) -> Iterator[tuple[socket.socket, int] | None]:
-    if _is_up(service):
+    units = [service.unit, *([SOCKET] if service.folder is None else [])]
+    if any(state(service, unit) in ("active", "reloading") for unit in units):
         yield None
         return
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as lifeline:
         try:
             lifeline.settimeout(STARTING_S)
-            connect(lifeline, service.lifeline)
+            connect(lifeline, service.run / "registry.life")
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
             yield None
             return
@@ -66,11 +90,6 @@ def _other_daemon(service: Service) -> Iterator[tuple[socket.socket, int] | None
         if not _is_autostarted(service, pid):
             raise ConflictError(f"{service.registry} is served already, by {_described(pid)}")
         yield lifeline, pid
-
-
-def _is_up(service: Service) -> bool:
-    units = [service.unit, *([SOCKET] if service.folder is None else [])]
-    return any(systemd.has(service.systemctl("is-active", "--quiet", unit)) for unit in units)
 
 
 def _described(pid: int) -> str:
@@ -102,7 +121,7 @@ def _start_lock(service: Service) -> Iterator[None]:
     try:
         # The folder may be another user's and we root: a link is not followed, a FIFO not waited for, nothing is made.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        lock = os.open(service.lifeline.with_suffix(".start"), flags)
+        lock = os.open(service.run / "registry.start", flags)
     except OSError:
         yield  # no client has started a daemon here
         return

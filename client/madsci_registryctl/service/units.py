@@ -7,9 +7,10 @@ changed it since, and what a person has changed is neither replaced nor removed.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from importlib.resources import files
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from madsci_registry.errors import InvalidError
 
@@ -71,6 +72,19 @@ def instance(folder: PurePath) -> str:
         else:
             escaped += f"\\x{byte:02x}"
     return escaped
+
+
+def folder_of(unit: str) -> Path:
+    """Return the folder that a unit of a template serves: what `unit_of` was given."""
+    instance = unit.partition("@")[2].rpartition(".")[0].replace("-", "/")
+    path = re.sub(rb"\\x([0-9a-f]{2})", lambda byte: bytes.fromhex(byte[1].decode()), instance.encode())
+    return Path("/", os.fsdecode(path))
+
+
+def daemons_in(text: str) -> list[Path]:
+    """Return the programs `madsci-registryd` that a unit file runs; none: it is about something else."""
+    words = " ".join(re.findall(r"^ExecStart=(.*)", text, re.MULTILINE)).split()
+    return [Path(word.lstrip("-@:+!")) for word in words if word.endswith("/madsci-registryd")]
 
 
 def unit_of(template: str, folder: PurePath) -> str:
