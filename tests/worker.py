@@ -5,7 +5,8 @@ Calls of its own: `losses(count, patience_s)` waits for so many on_lost callback
 sleeps until the worker's stdin closes, and answers the child's pid; `time_lookups(name, seconds)` answers how long each
 of its lookups took, in seconds; `change_metadata(name, seconds)` changes it all the time; `flood(name, seconds)` looks
 it up in eight threads as fast as it can and answers how often; `knock(socket, patience_s)` sends rubbish to the
-requests' socket and tells whether anything came back.
+requests' socket and tells whether anything came back; `storm(lifeline, connections, seconds)` says lines on
+lifelines of its own as fast as it can and answers how many bytes.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import json
 import os
 import pkgutil
 import signal
+import socket
 import sys
 import threading
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +114,31 @@ class Obeyer:
             thread.join()
         return sum(counts)
 
-    def do_knock(self, socket: str, patience_s: float) -> bool:
+    def do_storm(self, lifeline: str, connections: int, seconds: float) -> int:
+        lines, count = [socket.socket(socket.AF_UNIX) for _ in range(connections)], 0
+        said = b'{"op":"cancel","seq":1}\n' * 1000
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            for n, line in enumerate(lines):
+                try:
+                    count += line.send(said)
+                except BlockingIOError:
+                    pass
+                except OSError:  # not connected yet, or not any more
+                    line.close()
+                    again = lines[n] = socket.socket(socket.AF_UNIX)
+                    again.setblocking(False)
+                    with suppress(OSError):
+                        again.connect(lifeline)
+                        again.send(b'{"op":"hello","v":1,"client":"storm"}\n')
+        for line in lines:
+            line.close()
+        return count
+
+    def do_knock(self, path: str, patience_s: float) -> bool:
         with zmq.Context() as context, context.socket(zmq.REQ) as request:
             request.setsockopt(zmq.LINGER, 0)
-            request.connect(f"ipc://{socket}")
+            request.connect(f"ipc://{path}")
             request.send(b"no request")
             return bool(request.poll(int(patience_s * 1000)))
 

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,8 @@ def connect(
     try:
         stream = _Stream(lifeline, deadline)
         try:
-            stream.send(protocol.encode(opening) + b"\n", deadline)
+            with suppress(BrokenPipeError):  # who is refused at once may find that before it has spoken
+                stream.send(protocol.encode(opening) + b"\n", deadline)
             welcome = _welcome(stream, deadline)
             stream.wait_for_ever()
             token = opening.token if isinstance(opening, protocol.Resume) else welcome["token"]

@@ -30,8 +30,8 @@ OLDEST_VERSION = 1
 
 FRAME_MAX_BYTES = 1 << 20
 """Both ways. Long answers are paged, long requests cut into pieces."""
-PAGE_BYTES = FRAME_MAX_BYTES // 2
-"""Where a page or piece is cut: half a frame, so that one more entry of at most 16 KiB metadata always fits."""
+PAGE_BYTES = 32 * 1024
+"""Where a page or piece is cut: it holds the daemon for some milliseconds. One entry alone may be larger."""
 LINE_MAX_BYTES = 1 << 20
 """A lifeline's line: `resume` and its answer list all that a session holds (about 150 bytes a name)."""
 WAIT_MAX_S = 10.0

@@ -26,6 +26,7 @@ READ_TRIES = 5
 READ_PAUSE_S = 0.1
 """Old programs write in place: what is torn may be whole a moment later."""
 OTHER_EVENTS = 1000
+ENTRY_MAX_BYTES = protocol.FRAME_MAX_BYTES // 2
 """How many events of others may have come in since the daemon has started, and its own are still seen."""
 
 
@@ -147,10 +148,10 @@ def _that_fit(entries: dict[str, Any]) -> tuple[dict[str, Any], list[ImportedEnt
     good, refused = {}, []
     for name, entry in entries.items():
         size_bytes = len(protocol.encode({name: entry}))
-        if size_bytes <= protocol.PAGE_BYTES:
+        if size_bytes <= ENTRY_MAX_BYTES:
             good[name] = entry
         else:
-            what = f"is {size_bytes} bytes, at most {protocol.PAGE_BYTES} can be taken in"
+            what = f"is {size_bytes} bytes, at most {ENTRY_MAX_BYTES} can be taken in"
             refused.append(ImportedEntry(name[:200], "invalid", what))
     return good, refused
 

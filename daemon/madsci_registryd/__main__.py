@@ -73,10 +73,11 @@ def verify(settings: Any) -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "--token-floor",
-    type=click.IntRange(0, (1 << 53) - 1),
+    type=click.IntRange(0, ((1 << 33) - (1 << 20)) << 20),  # tokens are below 2^53; this leaves a million starts
     default=0,
     metavar="TOKEN",
-    help="Where the clock is off: let every later fencing token be above this one, the highest that a device saw.",
+    help="Where the clock is off: let every later fencing token be above this one, the highest that a device saw; "
+    "at most (2^33 - 2^20) * 2^20.",
 )
 @click.pass_obj
 def restore(settings: Any, file: Path, token_floor: int) -> None:

@@ -62,6 +62,11 @@ class Admission:
         """The only users that are let in, None where groups count or everyone is."""
         return frozenset({0, self.own_uid}) | self.allow_uids if self.access == "owner" else None
 
+    @property
+    def is_shared(self) -> bool:
+        """Others than root and the daemon's own user may come."""
+        return self.access != "owner" or bool(self.allow_uids)
+
     def admits(self, peer: Credentials) -> bool:
         if peer.uid == OVERFLOW_ID:
             return False

@@ -55,6 +55,8 @@ SWITCH_S = 0.0005
 """How long another thread may keep the loop waiting; Python's own 5 ms would be the file thread's each time."""
 LOCK_EVENTS_KEPT = 1_000_000
 LOCK_EVENTS_KEPT_S = 30 * 86400.0
+GRACES = {"io_error": "an I/O error ended the last daemon", "restored": "a backup was restored"}
+"""After what nothing is granted for a while, by its note beside the lock (instance.py)."""
 START_LONGER_S = 600.0
 """What a check of the whole database may take."""
 
@@ -98,8 +100,9 @@ class App:
         notes = self.instance.notes()
         self.db = database.open_database(self.places.database)
         self._database_identity = _identity_of(self.places.database)
-        after_error = notes.get("io_error") == holders.boot_id()
-        if after_error:
+        boot = holders.boot_id()
+        grace = next((why for why in GRACES if notes.get(why) == boot), None)
+        if grace == "io_error":
             self._check_after_error()
         try:
             self._build()
@@ -107,13 +110,14 @@ class App:
             self._open_file()
         except database.DatabaseError as error:
             raise database.start_fault(error, self.places.database) from error
-        if after_error:
+        if grace:
             self.service.no_grants_before = self.clock.monotonic() + p.GRACE_S
-        self._note(**({"io_error": notes["io_error"]} if after_error else {}))
+            self.service.why_no_grants = GRACES[grace]
+        self._note(**({grace: boot} if grace else {}))
         self._watch_signals()  # first: whoever finds us listening may tell us to stop
         self.server.bind()
         self.lifelines.bind()
-        self._watch_world(after_error)
+        self._watch_world(grace is not None)
         if not self._is_autostarted:
             self.supervisor.leave_word(self.places.kept, in_container=in_container())
         self.supervisor.ready(f"serving {self.places.registry}")
@@ -167,7 +171,7 @@ class App:
         self.registrar, self.service, self.timers = self.core.registrar, self.core.service, self.core.timers
         requests, lifeline = self._listening_paths()
         self.server = Server(requests, self.service.admission, self.core.quotas, self.clock)
-        self.server.is_busy = self.core.handlers.is_busy
+        self.server.is_busy, self.server.session_of = self.core.handlers.is_busy, self.core.handlers.session_of
         self.lifelines = Lifelines(
             lifeline, self.loop, self.core, version=VERSION, config=self._config, best_proof=self.settings.proof
         )
@@ -178,6 +182,8 @@ class App:
         for path in given:
             if path not in paths:
                 raise BadConfiguration(f"the service manager passed {path}; this daemon's sockets are {paths}")
+        if len(given) == 1:
+            raise BadConfiguration(f"the service manager passed one socket alone, it has to pass both: {paths}")
         return [ListeningPath(path, given.get(path), owns_folder=self.places.owns_socket_folder) for path in paths]
 
     def _admission(self, settings: Settings) -> Admission:
@@ -211,7 +217,7 @@ class App:
         if found.pidfd is not None:
             self.lifelines.watch_process(session, found.pidfd)
 
-    def _watch_world(self, after_error: bool) -> None:
+    def _watch_world(self, has_grace: bool) -> None:
         self.loop.watch(self.server.fd, Turn.REQUESTS, self.server.wake)
         self.timers.every(LOOK_AFTER_S, self._look_after)
         if self.supervisor.alive_every_s is not None:
@@ -224,7 +230,7 @@ class App:
         self.timers.after(TRIM_S, self._trim)
         listen = self.settings.metrics_address
         self.outlets = Outlets(self.clock, self.timers, self.metrics, listen=listen, file=self.settings.metrics_file)
-        if after_error:
+        if has_grace:
             self.timers.after(p.GRACE_S, self._end_grace)
 
     def _watch_signals(self) -> None:
@@ -274,13 +280,11 @@ class App:
         self.supervisor.reloading()
         try:
             new = self._reload()
-            changed = {"allow_uids": new.allow_uids, "admin_group": new.admin_group}
-            admission = self._admission(self.settings.model_copy(update=changed))
-            self.server.admit(admission)
-            self.lifelines.admit(admission)
+            admission = self._admission(self.settings.model_copy(update={"admin_group": new.admin_group}))
         except (StartFault, OSError) as fault:
             log.warning("the settings are not reloaded: %s", fault, extra=messages.NOT_RELOADED())
         else:
+            self.lifelines.admit(admission)
             self._take_settings(new)
         self.supervisor.ready(f"serving {self.places.registry}")
 
@@ -299,6 +303,7 @@ class App:
         self.registrar.commit()
         if self.bridge is not None:
             self.bridge.pump()
+        self.lifelines.begin_turn()
         self.loop.turn(0 if self.why_stop or self.server.has_input() else self.timers.next_s())
         self.server.drain(self.core.handlers.request)
         self.registrar.commit()
@@ -379,7 +384,7 @@ class App:
         )
 
     def _end_grace(self) -> None:
-        """Holders had their time after an I/O error: names may be granted again."""
+        """Holders had their time after an I/O error or a restore: names may be granted again."""
         self._note()
         for name in {claim.name for claim in self.registrar.queues}:
             self.registrar.reconsider(name)
@@ -398,7 +403,7 @@ class App:
         names, retired, held = store.counts()
         degraded = []
         if self.clock.monotonic() < self.service.no_grants_before:
-            degraded.append("an I/O error ended the last daemon: nothing is granted for 10 s")
+            degraded.append(f"{self.service.why_no_grants}: nothing is granted for 10 s")
         if self.proof != "pidfd":
             why = "the setting proof says so" if self.proof == self.settings.proof else "this kernel gives no more"
             degraded.append(f"holders are proven alive by {self.proof} only: {why}")
@@ -423,6 +428,7 @@ class App:
             "sessions": len(self.registrar.sessions),
             "waiting": len(self.registrar.queues),
             "access": self.settings.access,
+            "allow_uids": sorted(self.settings.allow_uids),
             "proof": self.proof,
             "export": self.bridge.status() if self.bridge is not None else {"state": "off"},
             "degraded": degraded,
@@ -430,7 +436,6 @@ class App:
 
     def close(self) -> None:
         """Tell the clients, close the sockets, then the database; locks stay in it for the next daemon."""
-        self.outlets.close()
         self.registrar.close()
         self.lifelines.close()
         self.server.close()
@@ -438,6 +443,7 @@ class App:
             self.passes.stop()
             self.bridge.close()
         self.core.close()
+        self.outlets.close()
         self.supervisor.close()
         self.instance.close()
         signal.set_wakeup_fd(-1)

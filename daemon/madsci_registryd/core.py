@@ -13,9 +13,10 @@ from madsci_registryd.admission import Admission
 from madsci_registryd.backups import Backups
 from madsci_registryd.batch import Batch
 from madsci_registryd.clock import Clock, Timers, iso
-from madsci_registryd.database import Connection
+from madsci_registryd.database import Connection, transaction
+from madsci_registryd.faults import CorruptDatabase
 from madsci_registryd.handlers import Handlers
-from madsci_registryd.identities import TOKENS_A_TERM
+from madsci_registryd.identities import TERM_LIMIT, TOKENS_A_TERM
 from madsci_registryd.imports import Imports
 from madsci_registryd.locks import Queues, Session
 from madsci_registryd.meters import Meters
@@ -82,9 +83,20 @@ class Core:
         return self.registrar.is_dead(session)
 
     def _next_epoch(self, floor: int) -> int:
-        """Return a number above every epoch and term that an earlier start can have used; `floor` is one that did."""
+        """Return a number above every epoch and term that an earlier start can have used; `floor` is one that did.
+
+        Raises: CorruptDatabase where there is none left.
+        """
         stored = max(int(self.store.meta("epoch") or 0), floor)
-        return max(stored + 1, int(self.clock.wall()), self.store.highest_token() // TOKENS_A_TERM + 1)
+        wall_s = int(self.clock.wall())
+        epoch = max(stored + 1, wall_s, self.store.highest_token() // TOKENS_A_TERM + 1)
+        if epoch >= TERM_LIMIT:
+            far = "the host's clock" if epoch == wall_s else "what the database and its lock file know"
+            raise CorruptDatabase(
+                f"the epoch of this start would be {epoch}, by {far}: it has to be below {TERM_LIMIT}, for fencing "
+                f"tokens to stay below 2^53; set the clock right, or restore a backup that is older than the mistake"
+            )
+        return epoch
 
     def begin(self, version: str, judge: Callable[[Tx, Session], None]) -> None:
         """Run the start transaction: durable, so that no token or revision is ever given twice.
@@ -94,7 +106,7 @@ class Core:
         now = iso(self.clock.wall())
         # A power loss may have taken revisions that were given but not synced; the WAL holds far fewer than 2^20.
         self.store.raise_revision(max(self.store.revision + (1 << 20), self.epoch << 20))
-        with self.db:
+        with transaction(self.db):
             self.store.set_meta("epoch", self.epoch)
             if self.store.meta("created_at") is None:
                 self.store.set_meta("created_at", now)

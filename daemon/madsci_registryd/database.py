@@ -25,6 +25,7 @@ from madsci_registryd.faults import (
     NotOurDatabase,
     StartFault,
 )
+from madsci_registryd.migrations import transaction as transaction  # noqa: PLC0414 - one place for who uses databases
 
 log = logging.getLogger(__name__)
 
@@ -152,12 +153,22 @@ def _check_version(found: int, path: Path) -> None:
 
 
 def copy_to(db: apsw.Connection, path: Path) -> None:
-    """Write a consistent copy of the database to a new file."""
-    path.unlink(missing_ok=True)
+    """Write a consistent copy of the database to a new file; part of one does not stay."""
+    _remove_copy(path)
     copy = apsw.Connection(str(path))
-    with copy.backup("main", db, "main") as backup:
-        backup.step(-1)
+    try:
+        with copy.backup("main", db, "main") as backup:
+            backup.step(-1)
+    except BaseException:
+        copy.close()
+        _remove_copy(path)
+        raise
     copy.close()
+
+
+def _remove_copy(path: Path) -> None:
+    for suffix in ("", "-journal"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
 
 
 def faults_of(db: apsw.Connection) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -35,6 +36,9 @@ from madsci_registryd.registrar import Answer, Registrar, outcome
 
 log = logging.getLogger(__name__)
 
+DIAGNOSED_BYTES = 16 * 1024
+"""In a larger frame that is no JSON the field is not looked for, which takes 1 us for every 10 bytes."""
+_TOKEN = re.compile(rb'"token"\s*:\s*"([0-9a-f]{64})"')
 PREPARING_OF_A_USER = 16
 """Where users take turns: what comes of so many names is some milliseconds' work, in one turn."""
 
@@ -97,10 +101,8 @@ class Handlers:
             p.Import: Parks(imports.receive),
         }
 
-    def request(self, frame: bytes, answer: Answer) -> int | None:
-        """Do what a frame asks, and return whose it was (uid); `answer` is called now, after the turn's commit, or when
-        a wait is over."""
-        who = None
+    def request(self, frame: bytes, answer: Answer) -> None:
+        """Do what a frame asks; `answer` is called now, after the turn's commit, or when a wait is over."""
         verb = UNREAD
         meters = self._meters
         try:
@@ -123,7 +125,6 @@ class Handlers:
             log.exception("a request broke", extra=messages.FAULT())
             fault = InternalError("the daemon has a fault; it was logged, and nothing changed")
             meters.counted(verb, answer, outcome(fault))
-        return who.uid if who is not None else None
 
     def _change(self, who: Session, request: Any, change: Change, answer: Answer) -> None:
         """Put a change into the turn's batch, or into that of the turn in which old programs see what it needs."""
@@ -145,6 +146,11 @@ class Handlers:
                 write()
 
         service.old_programs.prepare(wants, then)
+
+    def session_of(self, frame: bytes) -> Session | None:
+        """Return which session sent a frame, by the token in it and without decoding it; None: none."""
+        found = _TOKEN.search(frame)
+        return self._registrar.by_token(hash_token(found[1].decode())) if found else None
 
     def is_busy(self, uid: int) -> bool:
         """Tell whether a user has so many names waiting for old programs that its next requests should wait, too."""
@@ -224,6 +230,8 @@ def refusal(error: ValidationError, frame: bytes) -> RegistryError:
 def _not_json(reason: str, frame: bytes) -> RegistryError:
     """Name the field if Python's lenient parser can read the frame: lone surrogates, deep nesting."""
     field = "frame"
+    if len(frame) > DIAGNOSED_BYTES:
+        return InvalidError(f"{field}: {reason}", field=field, reason=reason)
     try:
         for key, value in json.loads(frame).items():
             try:

@@ -93,10 +93,11 @@ def _peer_groups(sock: socket.socket) -> frozenset[int]:
     return frozenset(struct.unpack(f"{len(raw) // 4}I", raw))
 
 
-def uid_of_peer(sock: socket.socket) -> int:
-    """Return the uid that the peer had when it connected."""
+def credentials_of_peer(sock: socket.socket) -> Credentials:
+    """Return which user and groups the peer had when it connected."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", raw)[1])
+    _, uid, gid = struct.unpack("3i", raw)
+    return Credentials(uid, gid, _peer_groups(sock))
 
 
 def _pidfd_of_peer(sock: socket.socket, pid: int | None, best: Proof) -> tuple[int | None, Proof]:

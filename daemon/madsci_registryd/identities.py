@@ -23,6 +23,8 @@ from madsci_registryd.transaction import Told, Tx
 from madsci_registryd.views import SessionOf, component, held_by
 
 TOKENS_A_TERM = 1 << 20
+TERM_LIMIT = 1 << 33
+"""Terms and epochs are below it, so that tokens are below 2^53 and survive JSON. As unix seconds: in the year 2242."""
 
 
 class Identities:

@@ -3,8 +3,10 @@
 A daemon that keeps its database elsewhere takes the one beside registry.json as well, where that can be had: two of
 them would take each other's claims in that file for their own.
 
-The file also carries notes for whoever comes next: who serves, and that an I/O error ended the last daemon. The page
-cache is enough for those: they matter within one boot.
+The file also carries notes for whoever comes next: who serves, and whether holders need time to say what they hold,
+as an I/O error ended the last daemon (`io_error`) or a backup is the database now (`restored`): the value is the id of
+the boot. The page cache is enough for those: they matter within one boot. Whatever else stands in the file keeps nobody
+from a start.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 from madsci_registryd import messages
 from madsci_registryd.faults import AlreadyServed, StartFault, os_fault
+from madsci_registryd.identities import TERM_LIMIT
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +59,17 @@ class InstanceLock:
 
     def notes(self) -> dict[str, Any]:
         """Return what the last holder noted; nothing where that is unreadable."""
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             notes = json.loads(os.pread(self._fd, 65536, 0))
             if isinstance(notes, dict):
                 return notes
         return {}
 
     def noted_epoch(self) -> int:
-        """Return the epoch of the last daemon as it noted it: that of its database may be gone with it. 0: none."""
+        """Return the epoch of the last daemon as it noted it: that of its database may be gone with it. 0: none, or
+        something that cannot be one."""
         epoch = self.notes().get("epoch")
-        return epoch if isinstance(epoch, int) else 0
+        return epoch if type(epoch) is int and 0 < epoch < TERM_LIMIT else 0
 
     def note(self, **notes: Any) -> None:
         """Replace the notes, but for the epoch where none is given; a full disk keeps the old ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from contextlib import suppress
 from typing import Any, Protocol
@@ -11,12 +12,17 @@ from madsci_registry.errors import InvalidError, RegistryError
 from madsci_registryd.locks import Session
 from madsci_registryd.loop import READ, WRITE, Loop
 
+READ_BYTES = 1024
+"""At once: some 30 lines, each of which may be a write. What is left in the socket wakes the loop again."""
 UNREAD_MAX_BYTES = 1 << 20
 """What a client may leave unread before its connection is closed; it resumes and is told what it holds."""
 
 
 class Owner(Protocol):
     """Who is told what happens on a connection."""
+
+    def may_read(self, line: Lifeline) -> bool:
+        """Tell whether its user may be heard (again) in this turn of the loop."""
 
     def said(self, line: Lifeline, text: bytes) -> None:
         """A whole line came."""
@@ -35,6 +41,8 @@ class Lifeline:
         self.sock = sock
         self.uid = uid
         self.session: Session | None = None
+        self.has_spoken = False
+        """A whole line came."""
         self.is_closed = False
         self._loop = loop
         self._owner = owner
@@ -44,12 +52,12 @@ class Lifeline:
     def ready(self, events: int) -> None:
         if events & WRITE:
             self._flush()
-        if events & ~WRITE and not self.is_closed:
+        if events & ~WRITE and not self.is_closed and self._owner.may_read(self):
             self._read()
 
     def _read(self) -> None:
         try:
-            data = self.sock.recv(65536)
+            data = self.sock.recv(READ_BYTES)
         except BlockingIOError:
             return
         except OSError:
@@ -61,6 +69,7 @@ class Lifeline:
         while not self.is_closed and (end := self._in.find(b"\n")) >= 0:
             text = bytes(self._in[:end])
             del self._in[: end + 1]
+            self.has_spoken = True
             self._owner.said(self, text)
         if len(self._in) > p.LINE_MAX_BYTES:
             self.refuse(InvalidError("line: too long", field="line"))
@@ -94,9 +103,11 @@ class Lifeline:
                 self._out.clear()
         self._loop.change(self.sock.fileno(), READ | WRITE if self._out else READ)
 
-    def check_hello(self) -> None:
-        if self.session is None:
-            self.close()
+    def has_unread(self) -> bool:
+        """Tell whether it said something that was not read yet."""
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         """Cut the connection, for whoever else has it open too. Idempotent."""

@@ -13,9 +13,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import select
 import socket
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import ulid
 
@@ -29,7 +30,7 @@ from madsci_registry.errors import (
 )
 from madsci_registry.types import Process, Proof
 from madsci_registryd import facts, holders, messages
-from madsci_registryd.admission import Admission
+from madsci_registryd.admission import Admission, Credentials
 from madsci_registryd.batch import Write, always
 from madsci_registryd.clock import iso
 from madsci_registryd.core import Core
@@ -46,7 +47,21 @@ log = logging.getLogger(__name__)
 HELLO_S = 2.0
 """How long a new connection may stay silent."""
 ACCEPT_PAUSE_S = 0.1
-ACCEPTS_A_TURN = 64
+
+
+class Pace(NamedTuple):
+    """How much is heard in one turn of the loop; the rest waits for the next."""
+
+    accepts: int
+    lines: int
+    """Of one user."""
+
+
+ALONE = Pace(64, 400)
+SHARED = Pace(16, 20)
+"""Where several users may come: 2 ms for each of them, if every line is a write."""
+HELLO_LINES = 4
+"""A hello takes as long as so many other lines."""
 
 
 class Lifelines:
@@ -73,10 +88,13 @@ class Lifelines:
         self._version = version
         self.admission = core.service.admission
         self._config = config
+        self._pace = SHARED if self.admission.is_shared else ALONE
         self._quotas: Quotas = core.quotas
         self._best_proof = best_proof
         self._listener: socket.socket | None = None
         self._lines: set[Lifeline] = set()
+        self._heard: Counter[int] = Counter()
+        """How many lines each user has said in this turn of the loop."""
         self._lines_of: Counter[int] = Counter()
         """How many connections each user has."""
         self._of_session: dict[str, Lifeline] = {}
@@ -84,6 +102,7 @@ class Lifelines:
         self._registrar.tell = self.tell
         self._registrar.at_end.append(self.forget)
         self._registrar.is_dead = self.is_dead
+        self._registrar.is_behind = self.is_behind
 
     # listening
 
@@ -94,9 +113,10 @@ class Lifelines:
         self.loop.watch(self._listener.fileno(), Turn.LIFELINES, self._accept)
 
     def admit(self, admission: Admission) -> None:
-        """Judge those who come from now on by other rules; who is here stays."""
+        """Judge by other rules who administers, those who are here too."""
         self.admission = self._registrar.service.admission = admission
-        self.path.give(admission.modes)
+        for session in self._registrar.sessions.values():
+            session.is_admin = session.credentials is not None and admission.is_admin(session.credentials)
 
     def _stop_listening(self) -> None:
         if self._listener is not None:
@@ -106,7 +126,7 @@ class Lifelines:
 
     def _accept(self, events: int) -> None:
         assert self._listener is not None
-        for _ in range(ACCEPTS_A_TURN):
+        for _ in range(self._pace.accepts):
             try:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
@@ -119,16 +139,28 @@ class Lifelines:
             self._begin_line(sock)
 
     def _begin_line(self, sock: socket.socket) -> None:
-        uid = holders.uid_of_peer(sock)
+        who = holders.credentials_of_peer(sock)
+        uid = who.uid
         line = Lifeline(sock, self.loop, self, uid)
         self._lines.add(line)
         self._lines_of[uid] += 1
         self.loop.watch(sock.fileno(), Turn.LIFELINES, line.ready)
-        self._timers.after(HELLO_S, line.check_hello)
+        self._timers.after(HELLO_S, lambda: self._check_hello(line))
         try:
+            self._admit(who)
             self._quotas.check(uid, "connections", self._lines_of[uid] - 1)
-        except QuotaError as error:
+        except RegistryError as error:
+            self._log_refusal(line, error)
             line.refuse(error)
+
+    def _check_hello(self, line: Lifeline) -> None:
+        """Close a connection that stays silent; one that was not heard yet is not silent."""
+        if line.has_spoken or line.is_closed:
+            return
+        if line.has_unread():
+            self._timers.after(HELLO_S, lambda: self._check_hello(line))
+        else:
+            line.close()
 
     def _pause_listening(self, listener: socket.socket) -> None:
         def again() -> None:
@@ -137,6 +169,14 @@ class Lifelines:
 
         self.loop.unwatch(listener.fileno())
         self._timers.after(ACCEPT_PAUSE_S, again)
+
+    def is_behind(self) -> bool:
+        """Tell whether somebody who connected could not be heard yet: it may be one who resumes."""
+        if self._listener is None:
+            return False
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        return bool(poll.poll(0)) or any(line.has_unread() for line in self._lines if not line.has_spoken)
 
     @property
     def is_quiet(self) -> bool:
@@ -197,11 +237,20 @@ class Lifelines:
 
     # what clients say
 
+    def begin_turn(self) -> None:
+        """Everybody may be heard again."""
+        self._heard.clear()
+
+    def may_read(self, line: Lifeline) -> bool:
+        return self._heard[line.uid] < self._pace.lines
+
     def said(self, line: Lifeline, text: bytes) -> None:
         """Do what a line asks; a line that is refused before the hello ends its connection."""
+        self._heard[line.uid] += 1
         try:
             message = self._decode(text)
             if isinstance(message, (p.Hello, p.Resume)):
+                self._heard[line.uid] += HELLO_LINES - 1
                 if line.session is not None:
                     raise InvalidError("op: this connection has a session already", field="op", reason="twice")
                 self._begin(line, message)
@@ -253,7 +302,7 @@ class Lifelines:
             line.close()
             return
         try:
-            self._admit(peer)
+            self._admit(peer.credentials)
             session = self._resumed(peer, message) if isinstance(message, p.Resume) else None
             if session is None:
                 self._check_quota(peer)
@@ -271,9 +320,9 @@ class Lifelines:
         else:
             self._attach(line, session, peer, message)
 
-    def _admit(self, peer: holders.Peer) -> None:
-        if not self.admission.admits(peer.credentials):
-            raise self.admission.refusal(peer.credentials, str(self.path.path), self._config)
+    def _admit(self, who: Credentials) -> None:
+        if not self.admission.admits(who):
+            raise self.admission.refusal(who, str(self.path.path), self._config)
 
     def _check_quota(self, peer: holders.Peer) -> None:
         count = sum(s.uid == peer.uid for s in self._registrar.sessions.values())
@@ -330,6 +379,7 @@ class Lifelines:
             line.close()
             return
         session.process = facts.process_of(peer)
+        session.credentials = peer.credentials
         session.is_admin = self.admission.is_admin(peer.credentials)
         if peer.pidfd is not None:
             self.watch_process(session, peer.pidfd)

@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 from madsci_registry.protocol import GRACE_S, RENEW_S, RESUME_S
 from madsci_registry.types import Process
+from madsci_registryd.admission import Credentials
 
 SHARES_KEPT = 100
 """So many requests that share a lock are remembered; beyond that no cancel ends it, only its owner's release."""
@@ -108,6 +109,8 @@ class Claim:
     """What to do when its turn comes; opaque here."""
     answer_at: float = math.inf
     """Monotonic instant by which its present request wants an answer."""
+    looked_at_next: float = math.inf
+    """When it is looked at whether it is to be answered; inf: no timer is set."""
     state: ClaimState = ClaimState.WAITING
 
     @property
@@ -218,6 +221,8 @@ class Session:
     """Monotonic instant of the last change of presence."""
     holds_nothing: bool = False
     """It was left by an earlier daemon without a lock: there is nothing to keep it for."""
+    credentials: Credentials | None = None
+    """What the kernel said at the last hello or resume."""
     is_admin: bool = False
     """It may do what takes something from others."""
     stored: bool = False

@@ -7,7 +7,8 @@ steps together end in exactly schema.sql (a test compares), so schema.sql is cha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 
 import apsw
@@ -51,9 +52,23 @@ def schema() -> str:
     return files("madsci_registryd").joinpath("schema.sql").read_text(encoding="utf-8")
 
 
+@contextmanager
+def transaction(db: apsw.Connection) -> Iterator[None]:
+    """All of it or nothing. Not `with db:`: where SQLite has rolled back by itself, as on a full disk, that hides the
+    reason behind its own failure to roll back."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
 def create(db: apsw.Connection) -> None:
     """Make the present schema in an empty database, in one transaction."""
-    with db:
+    with transaction(db):
         db.execute(schema())
         db.pragma("application_id", APPLICATION_ID)
         db.pragma("user_version", VERSION)
@@ -64,7 +79,7 @@ def migrate(db: apsw.Connection, backup: Callable[[int], None]) -> int:
     found = int(str(db.pragma("user_version")))
     if found < VERSION:
         backup(found)
-        with db:
+        with transaction(db):
             for version in range(found + 1, VERSION + 1):
                 STEPS[version](db)
             db.pragma("user_version", VERSION)

@@ -1,9 +1,10 @@
 """Where metrics go by themselves: a listener on a loopback address, and a file for node_exporter.
 
 The loop renders the text, at most every RENDER_S, and only where one of the two is configured. The listener's thread
-serves the text that it was given last and knows nothing else. It takes one connection at a time and gives each
-PATIENCE_S: whoever keeps connections open costs the daemon no descriptors, which libzmq would not survive. A text that
-is too old is not served: a loop that hangs shall not look well.
+serves the text that it was given last and knows nothing else. It takes one connection at a time and cuts each one off
+after PATIENCE_S, whatever came of it: whoever keeps connections open costs the daemon no descriptors, which libzmq
+would not survive, and keeps nobody else from the metrics for longer. A text that is too old is not served: a loop that
+hangs shall not look well.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ class Listener(HTTPServer):
     """Serves the last text. Its thread ends with `stop`."""
 
     allow_reuse_port = False  # a port that another program has is taken
+    patience_s = PATIENCE_S
 
     def __init__(self, address: tuple[str, int], clock: Clock) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Request)
         self._clock = clock
         self._last: tuple[float, bytes] = (-STALE_S, b"")
+        self._served: socket.socket | None = None
         self._thread = threading.Thread(target=self.serve_forever, name="metrics", daemon=True)
         self._thread.start()
 
@@ -58,6 +61,17 @@ class Listener(HTTPServer):
             time.sleep(0.1)
             raise
 
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Answer one connection. A timeout of its socket would begin anew with each byte that comes."""
+        self._served = request
+        limit = threading.Timer(self.patience_s, _cut, (request,))
+        limit.daemon = True
+        limit.start()
+        try:
+            super().finish_request(request, client_address)
+        finally:
+            limit.cancel()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: who asked has gone in the middle of it."""
         log.debug("a request for metrics was broken off")
@@ -72,14 +86,20 @@ class Listener(HTTPServer):
         return text if self._clock.monotonic() - at < STALE_S else None
 
     def stop(self) -> None:
-        """End the thread, after the request that it is at."""
+        """End the thread; the connection that it is at is cut off."""
+        if self._served is not None:
+            _cut(self._served)
         self.shutdown()
         self._thread.join()
         self.server_close()
 
 
+def _cut(connection: socket.socket) -> None:
+    with suppress(OSError):  # it has ended by itself
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 class _Request(BaseHTTPRequestHandler):
-    timeout = PATIENCE_S
     server: Listener
     server_version, sys_version = "madsci-registryd", ""
 

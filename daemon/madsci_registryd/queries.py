@@ -13,13 +13,14 @@ COMPONENT_BY_ID = _COMPONENT + " WHERE c.id = ?"
 LIST = (
     _COMPONENT
     + """
-     WHERE c.name > :cursor
+     WHERE c.name > :cursor AND c.name <= :until
        AND (:pattern IS NULL OR c.name GLOB :pattern)
        AND (:component_type IS NULL OR c.component_type = :component_type)
        AND (:retired IS NULL OR c.retired = :retired)
        AND (:held IS NULL OR (l.id IS NOT NULL OR o.id IS NOT NULL) = :held)
      ORDER BY c.name LIMIT :limit"""
 )
+NAME_FURTHER_ON = "SELECT name FROM components WHERE name > ? ORDER BY name LIMIT 1 OFFSET ?"
 ID_BY_NAME = "SELECT id FROM components WHERE name = ?"
 NAME_ROW = """
     SELECT n.last_token, n.renamed_id, c.name FROM names n LEFT JOIN components c ON c.id = n.renamed_id
@@ -50,7 +51,6 @@ LOCKED_NAME_BY_SEQ = """
     SELECT c.name FROM locks l JOIN components c ON c.id = l.id WHERE l.session_id = ? AND l.seq = ?"""
 LOCKED_NAMES = "SELECT c.name FROM locks l JOIN components c ON c.id = l.id ORDER BY c.name"
 LOCKS_OF_UID = "SELECT count(*) FROM locks WHERE session_id IN (SELECT id FROM sessions WHERE uid = ?)"
-HELD_BY_SESSION = "SELECT session_id, count(*) FROM locks GROUP BY session_id"
 
 ADD_OLD_LOCK = """
     INSERT INTO old_locks (id, holder_pid, holder_host, holder_instance, acquired_at, heartbeat_at, expires_at)
@@ -78,11 +78,14 @@ EVENTS = _EVENT + " WHERE revision > ? ORDER BY revision LIMIT ?"
 EVENTS_OF = (
     _EVENT
     + """
-     WHERE revision > :after AND (
-           revision IN (SELECT revision FROM events WHERE name = :name)
-        OR revision IN (SELECT revision FROM events WHERE id = :id))
-     ORDER BY revision LIMIT :limit"""
+     WHERE revision IN (
+        SELECT revision FROM events WHERE name = :name AND revision > :after
+         UNION
+        SELECT revision FROM events WHERE id = :id AND revision > :after
+         ORDER BY revision LIMIT :limit)
+     ORDER BY revision"""
 )
+"""Both indexes give revisions in order, so they are merged only as far as the limit."""
 CHANGED_AFTER = """
     SELECT DISTINCT id FROM events
      WHERE revision > ? AND id IS NOT NULL AND kind NOT IN ('granted', 'released', 'ended', 'broken', 'refused')"""
@@ -96,6 +99,31 @@ TRIM_LOCK_EVENTS = """
 GET_META = "SELECT value FROM meta WHERE key = ?"
 SET_META = "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 HIGHEST_TOKEN = "SELECT coalesce(max(last_token), 0) FROM names"
-COUNTS = """
-    SELECT (SELECT count(*) FROM components WHERE retired = 0), (SELECT count(*) FROM components WHERE retired = 1),
-           (SELECT count(*) FROM locks) + (SELECT count(*) FROM old_locks)"""
+KEEP_COUNTS = """
+    CREATE TEMP TABLE counts (names, retired, held);
+    INSERT INTO counts SELECT
+        (SELECT count(*) FROM main.components WHERE retired = 0),
+        (SELECT count(*) FROM main.components WHERE retired = 1),
+        (SELECT count(*) FROM main.locks) + (SELECT count(*) FROM main.old_locks);
+    CREATE TEMP TRIGGER count_made AFTER INSERT ON main.components BEGIN
+        UPDATE counts SET names = names + 1 - new.retired, retired = retired + new.retired;
+    END;
+    CREATE TEMP TRIGGER count_retired AFTER UPDATE OF retired ON main.components BEGIN
+        UPDATE counts SET names = names + old.retired - new.retired, retired = retired + new.retired - old.retired;
+    END;
+    CREATE TEMP TABLE session_counts (session_id PRIMARY KEY, held) WITHOUT ROWID;
+    INSERT INTO session_counts SELECT session_id, count(*) FROM main.locks GROUP BY session_id;
+    CREATE TEMP TRIGGER count_locked AFTER INSERT ON main.locks BEGIN
+        UPDATE counts SET held = held + 1;
+        INSERT INTO session_counts VALUES (new.session_id, 1) ON CONFLICT DO UPDATE SET held = held + 1;
+    END;
+    CREATE TEMP TRIGGER count_freed AFTER DELETE ON main.locks BEGIN
+        UPDATE counts SET held = held - 1;
+        UPDATE session_counts SET held = held - 1 WHERE session_id = old.session_id;
+        DELETE FROM session_counts WHERE session_id = old.session_id AND held = 0;
+    END;
+    CREATE TEMP TRIGGER count_locked_old AFTER INSERT ON main.old_locks BEGIN UPDATE counts SET held = held + 1; END;
+    CREATE TEMP TRIGGER count_freed_old AFTER DELETE ON main.old_locks BEGIN UPDATE counts SET held = held - 1; END"""
+"""In this connection's own memory, and rolled back with what they count."""
+COUNTS = "SELECT names, retired, held FROM counts"
+HELD_BY_SESSION = "SELECT held FROM session_counts WHERE session_id = ?"

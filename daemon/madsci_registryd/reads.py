@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from heapq import nsmallest
 from typing import Any, TypeVar
 
 from madsci_registry import protocol as p
@@ -16,6 +17,9 @@ from madsci_registryd.views import component, exported, session_info
 
 PAGE_ROWS = 50
 """Rows a page at most, so that one page holds the loop for a few milliseconds only."""
+SCAN_STEPS = 16_384
+"""How much is looked at for a page where few match: 1,000 names, fewer for long patterns. A pattern of n characters may
+take 255 n steps at each; this many times that are 4 ms at worst, 0.3 ms for patterns that people write."""
 CLASSIC_LOCK_TTL_S = 30.0
 """How long a lock in registry.json looks alive: MADSci's LOCK_TTL (classic API, LockManager)."""
 
@@ -66,8 +70,11 @@ class Reads:
             retired = True
         elif r.include_retired:
             retired = None if r.state is None else False
+        cursor = r.cursor or ""
+        end = self._store.name_further_on(cursor, SCAN_STEPS // (16 + len(r.pattern or "")))
         rows = self._store.components(
-            cursor=r.cursor or "",
+            cursor=cursor,
+            until=end,
             limit=PAGE_ROWS,
             pattern=r.pattern,
             component_type=r.component_type,
@@ -75,7 +82,7 @@ class Reads:
             held={"held": True, "free": False}.get(r.state or ""),
         )
         page, cut = cut_page(rows, self._component)
-        return {"components": page, "cursor": rows[len(page) - 1].name if cut else None}
+        return {"components": page, "cursor": rows[len(page) - 1].name if cut else end}
 
     def history(self, who: Session, r: p.History) -> dict[str, Any]:
         """Answer a page of events, oldest first: all, or those of a name and of the component that has it."""
@@ -111,12 +118,12 @@ class Reads:
 
     def sessions(self, who: Session, r: p.Sessions) -> dict[str, Any]:
         """Answer a page of sessions in the order of their ids."""
-        held = self._store.held_counts()
         waiting: dict[str, int] = {}
         for claim in self._queues:
             waiting[claim.owner.session] = waiting.get(claim.owner.session, 0) + 1
-        rest = sorted((s for s in self._sessions() if s.id > (r.cursor or "")), key=lambda s: s.id)[:PAGE_ROWS]
-        page, cut = cut_page(rest, lambda s: session_info(s, held.get(s.id, 0), waiting.get(s.id, 0)))
+        cursor = r.cursor or ""
+        rest = nsmallest(PAGE_ROWS, (s for s in self._sessions() if s.id > cursor), key=lambda s: s.id)
+        page, cut = cut_page(rest, lambda s: session_info(s, self._store.held_count(s.id), waiting.get(s.id, 0)))
         return {"sessions": page, "cursor": page[-1]["id"] if cut else None}
 
     def status(self, who: Session, r: p.Status) -> dict[str, Any]:

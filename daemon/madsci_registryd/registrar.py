@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 Answer = Callable[[dict[str, Any]], None]
 """Takes {"ok": ...} or {"error": ...}; called once, or never where the asker is gone."""
 
+BEHIND_S = 0.2
 RETRY_S = 1.0
 """How long after a full disk a death is written again."""
 
@@ -46,6 +47,8 @@ class Registrar:
         self.at_end: list[Callable[[Session], None]] = []
         """Called when a session has ended: what others keep for it goes."""
         self.is_dead: Callable[[Session], bool] = lambda session: False
+        self.is_behind: Callable[[], bool] = lambda: False
+        """Tells whether clients have connected that could not be heard yet."""
 
     def open(self, service: Service, reads: Reads, batch: Batch) -> None:
         """Connect the parts that need each other."""
@@ -89,8 +92,13 @@ class Registrar:
             return
 
         def check() -> None:
-            if session.ends_at() <= self._clock.monotonic():
-                self.end_session(session, "its connection ended and it did not resume")
+            now = self._clock.monotonic()
+            if session.ends_at() > now:
+                return
+            if self.is_behind() and now - session.since < p.GRACE_S:  # it may be among those who were not heard yet
+                self._timers.after(BEHIND_S, check)
+                return
+            self.end_session(session, "its connection ended and it did not resume")
 
         self._timers.after(ends_at - self._clock.monotonic(), check)
 
@@ -213,14 +221,18 @@ class Registrar:
 
     def _time(self, claim: Claim) -> None:
         """Look at a claim when its present request wants an answer."""
-        self._timers.after(claim.answer_at - self._clock.monotonic(), lambda: self._overdue(claim))
+        if claim.answer_at < claim.looked_at_next:  # else the look that is due before will see to the next
+            claim.looked_at_next = claim.answer_at
+            self._timers.after(claim.answer_at - self._clock.monotonic(), lambda: self._overdue(claim))
 
     def _overdue(self, claim: Claim) -> None:
+        claim.looked_at_next = math.inf
         if self.queues.find(*claim.key) is not claim:
             return
         error = self.service.overdue(claim, self._clock.monotonic())
         if error is None:
-            return  # renewed: another timer looks after it
+            self._time(claim)  # it was renewed
+            return
         self._answer(claim, {"error": error.to_wire()})
         if error.code == "waiting":
             self._timers.after(p.RENEW_S, lambda: self._expire(claim))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from madsci_registry import registry_json
-from madsci_registryd import database, holders, messages
+from madsci_registryd import database, holders, messages, offline
 from madsci_registryd.clock import SystemClock, instant, iso
 from madsci_registryd.faults import CannotCreate, CorruptDatabase, DiskFull, NotOurDatabase, os_fault
 from madsci_registryd.identities import TOKENS_A_TERM
@@ -40,8 +40,7 @@ def verify_database(settings: Settings) -> list[str]:
     places = Places(settings)
     if not places.database.exists():
         raise CannotCreate(f"there is no database {places.database}", path=str(places.database))
-    lock = InstanceLock(places.lock, places.lock_beside)
-    try:
+    with offline.locked(places):
         db = database.open_database(places.database)
         try:
             return database.faults_of(db)
@@ -49,15 +48,13 @@ def verify_database(settings: Settings) -> list[str]:
             return [str(error)]
         finally:
             db.close()
-    finally:
-        lock.close()
 
 
 def restore_backup(settings: Settings, file: Path, token_floor: int = 0) -> list[str]:
     """Restore a backup and return the report, a line for each thing that a person should know.
 
     Every fencing token that is given afterwards is above `token_floor`, too: for hosts whose clock may be behind the
-    backup's, where nothing but a device still knows the highest one. 0 to 2^53 - 1.
+    backup's, where nothing but a device still knows the highest one. 0 to (2^33 - 2^20) * 2^20.
 
     Raises: StartFault where the backup is not whole or not ours, a daemon serves the registry, or nothing can be
     written; the database is then as it was.
@@ -67,7 +64,11 @@ def restore_backup(settings: Settings, file: Path, token_floor: int = 0) -> list
         places.state.mkdir(mode=0o755, exist_ok=True)
     except OSError as error:
         raise os_fault(error, str(places.state)) from error
-    lock = InstanceLock(places.lock, places.lock_beside)
+    with offline.locked(places) as lock:
+        return _restore(places, lock, file, token_floor)
+
+
+def _restore(places: Places, lock: InstanceLock, file: Path, token_floor: int) -> list[str]:
     staged = places.database.with_name(f"{places.database.name}.restore")
     try:
         _stage(file, staged)
@@ -76,7 +77,7 @@ def restore_backup(settings: Settings, file: Path, token_floor: int = 0) -> list
         else:
             report, base = _replace(places, staged), "the backup"
             report += _adopt_json(places)
-            lock.note(pid=None, io_error=holders.boot_id())  # holders get time to say what they hold
+            lock.note(pid=None, restored=holders.boot_id())  # holders get time to say what they hold
         if report or token_floor:
             _record(places.database, base, token_floor)
         log.info("restored from %s: %d lines of report", file, len(report), extra=messages.RESTORED(backup=file))
@@ -88,7 +89,6 @@ def restore_backup(settings: Settings, file: Path, token_floor: int = 0) -> list
     finally:
         for suffix in ("", "-wal", "-shm", "-journal"):
             Path(f"{staged}{suffix}").unlink(missing_ok=True)
-        lock.close()
 
 
 def _stage(file: Path, staged: Path) -> None:
@@ -133,7 +133,7 @@ def _replace(places: Places, staged: Path) -> list[str]:
     report = []
     # Sessions and locks of the backup's time are over: who holds something now says so itself.
     db = database.open_database(staged)
-    with db:
+    with database.transaction(db):
         db.execute("DELETE FROM locks")
         db.execute("DELETE FROM sessions")
     db.close()
@@ -178,7 +178,7 @@ def _merge(path: Path, staged: Path) -> list[str]:
     db.close()
     report = _add(path, rows, "the backup")
     live = database.open_database(path)
-    with live:
+    with database.transaction(live):
         for name, token in tokens:
             live.execute("INSERT INTO names (name) VALUES (?) ON CONFLICT DO NOTHING", (name,))
             live.execute("UPDATE names SET last_token = max(last_token, ?) WHERE name = ?", (token, name))
@@ -190,7 +190,7 @@ def _record(path: Path, base: str, token_floor: int) -> None:
     """Tell watchers, by an event above all that they can have seen, and let the next start begin above the floor."""
     now = SystemClock().wall()
     db = database.open_database(path)
-    with db:
+    with database.transaction(db):
         store = Store(db)
         epoch = max(int(store.meta("epoch") or 0), token_floor // TOKENS_A_TERM)
         store.set_meta("epoch", epoch)
@@ -227,7 +227,7 @@ def _add(path: Path, rows: list[tuple[Any, ...]], source: str) -> list[str]:
     db = database.open_database(path)
     store = Store(db)
     now = iso(SystemClock().wall())
-    with db:
+    with database.transaction(db):
         for id, name, component_type, retired, created_at, last_seen, metadata, workcell_id, token in rows:
             if not (registry_json.is_id(id) and isinstance(name, str)) or store.by_id(id) is not None:
                 continue

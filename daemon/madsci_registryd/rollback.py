@@ -10,8 +10,8 @@ import json
 from typing import Any
 
 from madsci_registry import registry_json
+from madsci_registryd import offline
 from madsci_registryd.faults import CannotCreate, CorruptDatabase, StartFault, os_fault
-from madsci_registryd.instance import InstanceLock
 from madsci_registryd.registry_file import FileFault, LockTimeout, RegistryFile
 from madsci_registryd.settings import Places, Settings
 
@@ -31,22 +31,23 @@ def clear_claims(settings: Settings) -> list[str]:
         places.state.mkdir(mode=0o755, exist_ok=True)
     except OSError as error:
         raise os_fault(error, str(places.state)) from error
-    lock = InstanceLock(places.lock, places.lock_beside)
-    try:
-        file = RegistryFile(places.registry)
+    with offline.locked(places):
         try:
-            if file.stamp() is None:
-                return []
-            with file.locked(LOCK_WAIT_S):
-                return _clear(file)
-        finally:
-            file.close()
-    except FileFault as fault:
-        raise CannotCreate(str(fault), path=str(places.registry)) from fault
-    except LockTimeout as timeout:
-        raise StartFault(f"{timeout}; try again", path=str(places.registry)) from timeout
+            return _clear_file(RegistryFile(places.registry))
+        except FileFault as fault:
+            raise CannotCreate(str(fault), path=str(places.registry)) from fault
+        except LockTimeout as timeout:
+            raise StartFault(f"{timeout}; try again", path=str(places.registry)) from timeout
+
+
+def _clear_file(file: RegistryFile) -> list[str]:
+    try:
+        if file.stamp() is None:
+            return []
+        with file.locked(LOCK_WAIT_S):
+            return _clear(file)
     finally:
-        lock.close()
+        file.close()
 
 
 def _clear(file: RegistryFile) -> list[str]:

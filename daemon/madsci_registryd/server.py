@@ -13,27 +13,27 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import socket
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import zmq
 from pydantic_core import to_json
 
-from madsci_registry.errors import BusyError, InternalError, RegistryError
+from madsci_registry.errors import InternalError, RegistryError, SessionRequiredError, TooLargeError
 from madsci_registry.protocol import FRAME_MAX_BYTES
 from madsci_registryd import messages
 from madsci_registryd.admission import Admission
 from madsci_registryd.clock import Clock
 from madsci_registryd.fairness import FairQueue
+from madsci_registryd.locks import Session
 from madsci_registryd.quotas import Quotas
 from madsci_registryd.sockets import ListeningPath
 
 log = logging.getLogger(__name__)
 
-Handle = Callable[[bytes, Callable[[dict[str, Any]], None]], "int | None"]
-"""Does a request, calls its second argument with the answer, now or later, and says whose it was."""
+Handle = Callable[[bytes, Callable[[dict[str, Any]], None]], None]
+"""Does a request, and calls its second argument with the answer, now or later."""
 
 FRAMES_A_TURN = 256
 """So many requests share a commit at most: about 20 ms of work, so that a death is not kept waiting longer."""
@@ -42,14 +42,21 @@ READING_S = 0.0005
 TURN_S = 0.0015
 """Where users take turns: so long requests are read, then so long or so many are done, before deaths and new
 ones are looked at again. So many changes take 1 ms in their batch."""
-STRANGERS_REQUESTS = 4
-STRANGERS_BYTES = 128 << 20
-"""What is kept of a connection before it is known whose it is, and while so much waits in all."""
+FRAME_OF_A_USER_BYTES = 64 * 1024
+"""Of a user who is no administrator, where several may come: larger ones take the others' time."""
+TURN_BYTES = 64 * 1024
+"""And requests of so many bytes: a kilobyte of metadata takes some 30 us."""
+STRANGER = -1
+"""All who send requests that no session sent: they share one turn."""
+STRANGERS_REQUESTS = 16
+STRANGERS_BYTES = 4096
+FRAMES_A_MESSAGE = 4
 _POLLIN, _EVENTS, _RCVMORE, _NOBLOCK = int(zmq.POLLIN), int(zmq.EVENTS), int(zmq.RCVMORE), int(zmq.NOBLOCK)
 _SEND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 HANDSHAKE_MS = 2000
-SEND_QUEUE = 64
-"""Answers for one peer that does not read; a REQ has one at a time."""
+RECEIVE_QUEUE = 2
+SEND_QUEUE = 4
+"""Messages of one connection that libzmq keeps, of a megabyte each at most; a REQ has one at a time."""
 
 
 class Server:
@@ -57,14 +64,18 @@ class Server:
 
     def __init__(self, path: ListeningPath, admission: Admission, quotas: Quotas, clock: Clock) -> None:
         self._path = path
-        self._admission = admission
-        self._listening: socket.socket | None = None
+        self._modes = admission.modes
+        self._is_shared = admission.is_shared
         self._quotas = quotas
         self._clock = clock
         self.is_busy: Callable[[int], bool] = lambda uid: False
         """Tells of a user who may come that its next request should wait for others that are under way."""
+        self.session_of: Callable[[bytes], Session | None] = lambda body: None
+        """Tells which session sent a request, None where none did."""
         self._queue: FairQueue[list[bytes]] = FairQueue()
         """What was read and is not done yet: only where several users may come, and take turns."""
+        self._is_skipping = False
+        """In the middle of a message of too many frames."""
         self._is_known_empty = False
         # libzmq takes its first routing id from rand(), which is the same at every start unless seeded; a peer that
         # chooses the next automatic id for itself aborts the process.
@@ -77,11 +88,13 @@ class Server:
             (zmq.MAXMSGSIZE, FRAME_MAX_BYTES),
             (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
             (zmq.SNDHWM, SEND_QUEUE),
-            (zmq.RCVHWM, SEND_QUEUE),
+            (zmq.RCVHWM, RECEIVE_QUEUE),
             (zmq.ROUTER_MANDATORY, 1),
         ):
             self._router.setsockopt(option, value)
-        self._let_in(admission)
+        for uid in admission.uids or ():
+            # Who would be refused at the hello is cut off at once: it cannot use up our descriptors either.
+            self._router.setsockopt(zmq.IPC_FILTER_UID, uid)
 
     @property
     def fd(self) -> int:
@@ -89,32 +102,9 @@ class Server:
 
     def bind(self) -> None:
         """Listen at the path; again, where its socket file went: connections that are up stay up."""
-        before, self._listening = self._listening, self._path.listen(self._admission.modes)
-        if before is not None:
-            before.close()
-        self._listen()
-
-    def _listen(self) -> None:
-        assert self._listening is not None
-        self._router.setsockopt(zmq.USE_FD, os.dup(self._listening.fileno()))  # libzmq closes its copy
+        self._router.setsockopt(zmq.USE_FD, self._path.listen(self._modes).detach())  # libzmq closes it
         self._router.bind(f"ipc://{self._path.address()}")
-        self._endpoint = bytes(self._router.getsockopt(zmq.LAST_ENDPOINT))
         self._is_known_empty = False
-
-    def admit(self, admission: Admission) -> None:
-        """Let in more users from now on; fewer only after a restart, but the hello refuses them at once. Who connects
-        meanwhile waits in the socket's backlog."""
-        self._let_in(admission)
-        self._path.give(admission.modes)
-        self._router.unbind(self._endpoint)
-        self._listen()
-
-    def _let_in(self, admission: Admission) -> None:
-        """Who would be refused at the hello is cut off at once: it cannot use up our descriptors either."""
-        self._admission = admission
-        self._is_shared = admission.uids is None or len(admission.allow_uids) > 0
-        for uid in admission.uids or ():
-            self._router.setsockopt(zmq.IPC_FILTER_UID, uid)
 
     @property
     def path(self) -> ListeningPath:
@@ -124,8 +114,8 @@ class Server:
         """Tell whether a request can be read at once."""
         return self._next_user() is not None or self._can_read()
 
-    def _next_user(self) -> Hashable | None:
-        return self._queue.next_user(lambda user: not (isinstance(user, int) and self.is_busy(user)))
+    def _next_user(self) -> int | None:
+        return self._queue.next_user(lambda user: not self.is_busy(user))
 
     def _can_read(self) -> bool:
         if self._is_known_empty:
@@ -161,37 +151,43 @@ class Server:
                 break
             if frames:
                 self._enqueue(frames)
-        until = self._clock.monotonic() + TURN_S
+        until, left_bytes = self._clock.monotonic() + TURN_S, TURN_BYTES
         for _ in range(FAIR_FRAMES_A_TURN):
             user = self._next_user()
             if user is None:
                 return
-            frames = self._queue.take(user)
-            uid = handle(frames[-1], partial(self._answer, frames))
-            if uid is not None:
-                self._queue.know(frames[0], uid)
-            if self._clock.monotonic() >= until:
+            frames, size_bytes = self._queue.take(user)
+            handle(frames[-1], partial(self._answer, frames))
+            left_bytes -= size_bytes
+            if left_bytes <= 0 or self._clock.monotonic() >= until:
                 return
 
     def _enqueue(self, frames: list[bytes]) -> None:
-        queue, user = self._queue, self._queue.user_of(frames[0])
+        body = frames[-1]
+        who = self.session_of(body)
+        user = STRANGER if who is None else who.uid
         try:
-            if isinstance(user, int):
-                self._quotas.check(user, "requests", queue.waiting(user))
-                self._quotas.check(user, "bytes", queue.bytes_of(user))
-            elif queue.waiting(user) >= STRANGERS_REQUESTS or queue.size_bytes > STRANGERS_BYTES:
-                raise BusyError("too many requests wait; try again")
+            if who is None:
+                if self._queue.waiting(user) >= STRANGERS_REQUESTS or len(body) > STRANGERS_BYTES:
+                    raise SessionRequiredError("no session has this token: say hello or resume first")
+            else:
+                if len(body) > FRAME_OF_A_USER_BYTES and not who.is_admin:
+                    raise TooLargeError(
+                        f"frame: {len(body)} bytes, at most {FRAME_OF_A_USER_BYTES} here", field="frame"
+                    )
+                self._quotas.check(user, "requests", self._queue.waiting(user))
+                self._quotas.check(user, "bytes", self._queue.bytes_of(user))
         except RegistryError as error:
             self._answer(frames, {"error": error.to_wire()})
         else:
-            queue.put(user, frames, len(frames[-1]))
+            self._queue.put(user, frames, len(body))
 
     def _next(self, *, first: bool) -> list[bytes] | None:
         """Read a request, None where there is none, an empty one where it is nonsense."""
         if self._is_known_empty or not (first or self._can_read()):  # the first is just tried: mostly it is there
             return None
         try:
-            frames = self._receive()
+            frames = self._skip() if self._is_skipping else self._receive()
         except zmq.Again:
             self._is_known_empty = True
             return None
@@ -206,7 +202,19 @@ class Server:
         frames = [recv(_NOBLOCK), recv(_NOBLOCK)]  # a ROUTER's first frame is never the last
         while more(_RCVMORE):
             frames.append(recv(_NOBLOCK))
+            if len(frames) > FRAMES_A_MESSAGE:
+                self._is_skipping = True
+                return self._skip()
         return frames
+
+    def _skip(self) -> list[bytes]:
+        """Read a message that has too many frames on, some of them now, the rest in the next turns."""
+        for _ in range(FRAMES_A_TURN):
+            if not self._router.getsockopt(_RCVMORE):
+                self._is_skipping = False
+                return []
+            self._router.recv(_NOBLOCK)
+        return []
 
     def _answer(self, frames: list[bytes], reply: dict[str, Any]) -> None:
         body = to_json(reply)
@@ -225,7 +233,5 @@ class Server:
     def close(self) -> None:
         """Send what is still to be sent, for a moment at most, and close."""
         self._path.remove()
-        if self._listening is not None:
-            self._listening.close()
         self._router.close()
         self._context.term()

@@ -73,7 +73,8 @@ class Service(Identities):
     ) -> None:
         super().__init__(store, queues, sessions, epoch=epoch, host=host)
         self.no_grants_before = 0.0
-        """Monotonic; after an I/O error holders get time to say what they hold."""
+        """Monotonic; after an I/O error or a restore holders get time to say what they hold."""
+        self.why_no_grants = ""
         self.locks: Usage
         """How many locks each user has."""
         self.waiting: Usage
@@ -120,7 +121,7 @@ class Service(Identities):
         """Judge a name that no client holds: it may not be anybody's yet, or an old program's."""
         if tx.monotonic < self.no_grants_before:
             if not may_wait:
-                raise BusyError("the daemon restarted after an I/O error: holders have 10 s to come back; try again")
+                raise BusyError(f"{self.why_no_grants}: holders have 10 s to come back; try again")
             return Verdict.QUEUE
         if self.old_programs.ready(name):
             return Verdict.GRANT

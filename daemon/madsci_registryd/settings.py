@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from madsci_registry import containers
@@ -81,8 +81,14 @@ class Settings(BaseSettings):
     def metrics_address(self) -> tuple[str, int] | None:
         return None if self.metrics_listen is None else _address(self.metrics_listen)
 
-    RELOADED: ClassVar = ("log_level", "allow_uids", "admin_group", *(f"{what}_per_uid" for what in Limits._fields))
+    RELOADED: ClassVar = ("log_level", "admin_group", *(f"{what}_per_uid" for what in Limits._fields))
     """What a reload changes; anything else takes a restart, which costs no lock."""
+
+    @model_validator(mode="after")
+    def _is_one_rule(self) -> Settings:
+        if self.access == "group" and self.allow_uids:
+            raise ValueError("access = group cannot be with allow_uids: files have modes for one group, not for users")
+        return self
 
     @property
     def limits(self) -> Limits:
@@ -200,7 +206,8 @@ def load(given: Mapping[str, Any], config: Path | None) -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise BadConfiguration(f"{key}: {first['msg']} (it is {first['input']!r})") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise BadConfiguration(f"{key}: {message} (it is {first['input']!r})" if key else message) from None
 
 
 class Supervision(NamedTuple):

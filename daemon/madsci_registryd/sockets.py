@@ -45,11 +45,13 @@ class ListeningPath:
         Raises: AlreadyServed where a living daemon listens there, CannotCreate where something else stands there,
             NoPermission where it cannot be given the modes.
         """
-        if self._given is not None:
-            sock, self._given = self._given, None
+        given, self._given = self._given, None
+        if given is not None and self._identity() is not None:
             self._file = self._identity()
             self.give(modes)
-            return sock
+            return given
+        if given is not None:
+            given.close()  # its file was removed: nobody can connect to it
         self._is_own = True
         self._owns_folder |= make_folder(self.path.parent)
         address = self.address()
@@ -134,4 +136,5 @@ def make_folder(folder: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise CannotCreate(f"{folder} cannot be made: {error.strerror}", path=str(folder)) from error
+        hint = " (systemd-tmpfiles --create makes it)" if folder.parent == Path("/run") else ""
+        raise CannotCreate(f"{folder} cannot be made: {error.strerror}{hint}", path=str(folder)) from error

@@ -57,9 +57,12 @@ class Watchers:
         if found is not None or r.wait_s == 0:
             answer({"ok": found or {"events": [], "revision": r.after}})
             return
+        present = self._waiting.get((who.id, r.seq))
+        if present is not None:  # a repeat: its time goes on
+            present.request, present.answer = r, answer
+            return
         self._quotas.check(who.uid, "requests", self._of_uid[who.uid])
         watcher = Watcher(who, r, answer, self._clock.monotonic() + r.wait_s, looked_at)
-        self.cancel(who, r.seq)
         self._waiting[watcher.key] = watcher
         self._of_uid[who.uid] += 1
         self._timers.after(r.wait_s, lambda: self._over(watcher))

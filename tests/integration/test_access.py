@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import time
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from ctl import Ctl
 from helpers import DaemonProcess, Worker, until
+from madsci_registry import RegistryClient
 from madsci_registry.errors import PermissionDeniedError, QuotaError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to be several users")
@@ -109,18 +112,29 @@ def test_allowed_uids_are_let_in_and_their_neighbours_are_not(lab: Lab) -> None:
     assert "refused a line" in daemon.log
 
 
-def test_reload_lets_in_another_user_without_a_restart(lab: Lab) -> None:
-    """SIGHUP takes over `allow_uids`, roles and quotas from the file; holders and connections notice nothing, and
-    whoever comes meanwhile is served."""
-    daemon = lab.serve("allow_uids = [54001]")
-    alice, bob = lab.user(ALICE), lab.user(BOB)
+def test_reload_changes_roles_and_quotas_and_loses_no_request(lab: Lab) -> None:
+    """SIGHUP takes over roles and quotas from the file, for those who are connected too; holders notice nothing, who
+    waits is granted, and not one request under way is lost."""
+    everyone = 'access = "everyone"\n'
+    daemon = lab.serve(f"{everyone}admin_group = {LAB}")
+    alice, bob, waiter = lab.user(ALICE), lab.user(BOB), lab.user(ALICE)
     made = alice.ask("resolve", "arm")
-    lab.config.write_text('allow_uids = [54001, 54002]\nlog_level = "debug"\nidle_exit = 5')
-    daemon.signal(1)
-    until(lambda: "settings reloaded" in daemon.log)
-    assert "changed, but only with a restart: idle_exit" in daemon.log
-    assert bob.ask("lookup", "arm") == made["id"]
-    assert alice.ask("held", "arm") and alice.ask("lookup", "arm") == made["id"]
+    waiter.tell("resolve", "arm", wait=300)
+    asker = lab.user(ALICE)
+    asker.tell("flood", "arm", 2.0)
+    for n in range(20):
+        lab.config.write_text(f'{everyone}locks_per_uid = 1\nallow_uids = [{n}]\nlog_level = "debug"')
+        daemon.signal(signal.SIGHUP)
+        until(lambda n=n: daemon.log.count("settings reloaded") > n)  # type: ignore[misc]
+    assert "changed, but only with a restart: allow_uids" in daemon.log
+    assert asker.answer() > 0  # each was answered
+    with pytest.raises(PermissionDeniedError):
+        bob.ask("break_lock", "arm", fencing_token=made["fencing_token"])
+    with pytest.raises(QuotaError):
+        alice.ask("resolve", "leg")
+    assert not waiter.answered() and alice.ask("held", "arm")
+    alice.ask("release_all")
+    assert waiter.answer()["fencing_token"] > made["fencing_token"]
 
 
 def test_reload_of_a_faulty_file_changes_nothing(lab: Lab) -> None:
@@ -131,7 +145,7 @@ def test_reload_of_a_faulty_file_changes_nothing(lab: Lab) -> None:
     for wrong in ("alow_uids = []", 'admin_group = "no-such-group-here"', "allow_uids = 5", "\0"):
         lab.config.write_text(wrong)
         before = daemon.log.count("not reloaded")
-        daemon.signal(1)
+        daemon.signal(signal.SIGHUP)
         until(lambda before=before: daemon.log.count("not reloaded") > before)  # type: ignore[misc]
     assert lab.user(ALICE).ask("lookup", "arm")
     assert alice.ask("held", "arm")
@@ -159,6 +173,27 @@ def comes_in(worker: Worker) -> bool:
     return True
 
 
+def test_one_users_storm_of_lines_leaves_others_served(lab: Lab) -> None:
+    """While one user says lines on twenty lifelines as fast as it can, another user's requests are answered, a new
+    client of that user comes in, and a holder whose connection was cut comes back and has its lock."""
+    daemon = lab.serve('access = "everyone"')
+    bob, alice = lab.user(BOB), lab.user(ALICE)
+    held = bob.ask("resolve", "arm")
+    alice.tell("storm", str(daemon.lifeline), 20, 6.0)
+    with RegistryClient(lab.registry, timeout=30) as client:
+        until(lambda: any(session.client == "storm" for session in client.sessions()))
+    deadline, count = time.monotonic() + 2.0, 0
+    while time.monotonic() < deadline:
+        bob.ask("lookup", "arm")
+        count += 1
+    assert count > 40
+    assert lab.user(BOB).ask("get", "arm")["fencing_token"] == held["fencing_token"]
+    daemon.kill()
+    daemon.start()
+    assert bob.ask("get", "arm")["fencing_token"] == held["fencing_token"] and bob.ask("held", "arm")
+    assert alice.answer() > 0
+
+
 def test_one_users_flood_leaves_anothers_requests_their_turn(lab: Lab) -> None:
     """While one user's processes send lookups as fast as they can, another user's are answered: each within the time
     of a turn, not after all that is waiting. (How soon: `make chaos`.)"""
@@ -174,3 +209,17 @@ def test_one_users_flood_leaves_anothers_requests_their_turn(lab: Lab) -> None:
         count += 1
     assert count > 20
     assert all(worker.answer() > 0 for worker in flood)
+
+
+def test_doctor_takes_what_the_settings_open_for_no_fault(lab: Lab) -> None:
+    """Where the settings let in others, `doctor` finds no fault in open sockets; where they do not, it does."""
+    ctl = Ctl(lab.registry)
+    daemon = lab.serve('access = "everyone"')
+    found = {finding["check"]: finding for finding in ctl.json("doctor")["findings"]}
+    assert found["sockets"]["level"] == "ok" and "everyone" in found["sockets"]["found"]
+    assert found["socket folder"]["level"] == "ok"
+    daemon.terminate()
+    closed = lab.serve("")
+    closed.socket.chmod(0o666)
+    found = {finding["check"]: finding for finding in ctl.json("doctor", status=11)["findings"]}
+    assert found["sockets"]["level"] == "error"

@@ -412,17 +412,34 @@ def test_watchers_are_told_of_a_restore(registry_path: Path, tmp_path: Path) -> 
 
 
 def test_tokens_after_a_restore_are_above_the_floor_that_was_given(registry_path: Path, tmp_path: Path) -> None:
-    """`restore --token-floor N` has every later fencing token above N, also where the clock would give lower ones."""
-    backup, floor = tmp_path / "backup.db", 5_000_000_000 << 20
+    """`restore --token-floor N` has every later fencing token above N, also where the clock would give lower ones, and
+    below 2^53; an N that leaves no room for that is refused."""
+    backup, floor = tmp_path / "backup.db", ((1 << 33) - (1 << 20)) << 20
     with DaemonProcess(registry_path) as daemon, RegistryClient(registry_path, autostart=False) as client:
         assert (client.resolve("arm", "node").fencing_token or 0) < floor
         client.backup(backup)
         daemon.terminate()
-    assert run(registry_path, "restore", str(backup), "--token-floor", str(floor + 7)).returncode == 0
+    for too_high in (floor + 1, (1 << 53) - 1):
+        refused = run(registry_path, "restore", str(backup), "--token-floor", str(too_high))
+        assert refused.returncode == 2 and f"not in the range 0<=x<={floor}" in refused.stderr
+    assert run(registry_path, "restore", str(backup), "--token-floor", str(floor)).returncode == 0
     with DaemonProcess(registry_path), RegistryClient(registry_path, autostart=False) as client:
-        assert (client.resolve("arm", "node", wait=30).fencing_token or 0) > floor + 7
-        assert (client.resolve("new", "node", wait=30).fencing_token or 0) > floor + 7
-    assert run(registry_path, "restore", str(backup), "--token-floor", str(1 << 53)).returncode == 2
+        for name in ("arm", "new"):
+            grant = client.resolve(name, "node", wait=30)
+            assert floor < (grant.fencing_token or 0) < 1 << 53
+            grant.release()
+            assert not client.get(name).locked
+
+
+def test_start_that_could_give_no_token_below_2_53_is_refused(database: Path) -> None:
+    """A daemon whose epoch would be too high ends with 65 and says why, and the database is as it was."""
+    with sqlite3.connect(database) as db:
+        db.execute("UPDATE meta SET value = ? WHERE key = 'epoch'", ((1 << 33) - 1,))
+    db.close()
+    content = database.read_bytes()
+    ended = run(database.with_suffix(".json"))
+    assert ended.returncode == 65 and f"epoch of this start would be {1 << 33}" in ended.stderr, ended.stderr
+    assert database.read_bytes() == content
 
 
 def test_daemon_that_is_told_to_stop_as_soon_as_it_listens_ends_in_order(registry_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -92,6 +95,41 @@ def test_metrics_are_given_out_as_configured(registry_path: Path) -> None:
         until(lambda: value(file.read_text(), "epoch") > epoch, "for the file of the next daemon")
         assert daemon.terminate() == 0
         assert not file.exists()
+
+
+def is_accepted(port: int) -> bool:
+    """Tell whether a program has accepted a connection to this port of 127.0.0.1: one that waits has no inode yet."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    established = [fields for fields in lines if fields[1] == f"0100007F:{port:04X}" and fields[3] == "01"]
+    return any(fields[9] != "0" for fields in established)
+
+
+def test_stop_waits_for_nobody_who_asks_for_metrics(registry_path: Path) -> None:
+    """A daemon that is told to stop ends in order, whatever a client of its metrics does meanwhile."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    with configured(registry_path, f'metrics_listen = "127.0.0.1:{port}"\n') as daemon:
+        with RegistryClient(registry_path) as client:
+            client.status()  # it turns: the listener is there, too
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(b"GET")
+            until(lambda: is_accepted(port), "for the connection to be accepted")
+            daemon.signal(signal.SIGTERM)
+            stopped = threading.Event()
+
+            def drip() -> None:
+                with suppress(OSError):
+                    while not stopped.wait(0.1):
+                        slow.sendall(b"G")
+
+            thread = threading.Thread(target=drip)
+            thread.start()
+            try:
+                assert daemon.wait() == 0
+            finally:
+                stopped.set()
+                thread.join()
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:9847", "[::]:9847", "198.51.100.7:9847", "localhost:9847"])

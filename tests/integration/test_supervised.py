@@ -90,9 +90,23 @@ def test_sockets_that_are_not_this_registrys_are_refused(manager: Manager) -> No
     manager.listen("other.sock")
     assert manager.start().wait(PATIENCE_S) == 78
     assert "the service manager passed" in manager.registry.with_name("test.log").read_text()
+    manager.passed = []
+    manager.listen("registry.sock")
+    assert manager.start().wait(PATIENCE_S) == 78
+    assert "has to pass both" in manager.registry.with_name("test.log").read_text()
     manager.passed = [manager.socket]
     assert manager.start().wait(PATIENCE_S) == 78
     assert "no listening Unix stream socket" in manager.registry.with_name("test.log").read_text()
+
+
+def test_passed_sockets_whose_files_are_gone_before_the_start_are_made_anew(manager: Manager, worker: Worker) -> None:
+    """A daemon that is passed sockets to whose files nobody can connect any more makes its own."""
+    manager.listen("registry.sock", "registry.life")
+    for name in ("registry.sock", "registry.life"):
+        (manager.registry.parent / "run" / name).unlink()
+    manager.start()
+    manager.hears("READY=1")
+    assert worker.ask("resolve", "arm")["held"]
 
 
 def test_passed_socket_whose_file_was_removed_is_made_again(manager: Manager, worker: Worker) -> None:

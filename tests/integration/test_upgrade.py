@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from helpers import PATIENCE_S, PROJECT, DaemonProcess, Worker, environment
+from helpers import PATIENCE_S, PROJECT, TESTS, DaemonProcess, Worker, environment
 from madsci_registry import RegistryClient
-from madsci_registryd.migrations import VERSION
+from madsci_registryd.migrations import APPLICATION_ID, VERSION
 
 
 @pytest.fixture
@@ -88,3 +91,52 @@ def test_downgrade_is_refused_and_the_way_back_keeps_every_identity(registry_pat
         assert (client.lookup("arm"), client.lookup("made by the newer")) == (before.id, between.id)
         again = client.resolve("arm", "node", wait=30)
         assert (again.fencing_token or 0) > (last.fencing_token or 0)
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """A folder on a file system of 14 MB."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    mount = ["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        folder.rmdir()
+        pytest.skip("mounting a tmpfs takes root, and the right to mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+        folder.rmdir()
+
+
+def test_migration_that_finds_no_space_changes_nothing_and_is_done_when_there_is_some(disk: Path) -> None:
+    """Where the disk has no room for the whole copy, or for that but not for the new schema, the start ends with 75 and
+    the database is as it was, without half a copy; with space again the same start goes through."""
+    database, ballast = disk / "registry.db", disk / "ballast"
+    with sqlite3.connect(database) as db:
+        db.executescript((TESTS / "data" / f"schema-{VERSION - 1}.sql").read_text())
+        db.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION - 1}")
+        rows = [(f"n{n:05}", "x" * 900) for n in range(4000)]
+        db.executemany("INSERT INTO names (name) VALUES (?)", [row[:1] for row in rows])
+        db.executemany(
+            "INSERT INTO components (id, name, component_type, created_at, last_seen, metadata)"
+            " VALUES (?1, ?1, 'node', '', '', json_object('x', ?2))",
+            rows,
+        )
+    db.close()
+    daemon = DaemonProcess(disk / "registry.json", "--no-export")
+    room = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    copy, size = disk / f"registry.db.before-v{VERSION}", database.stat().st_size
+    for left, copied in ((size // 2, False), (size + 700_000, True)):
+        ballast.write_bytes(b"x" * (room - left))
+        ended = subprocess.run(
+            daemon.command(), env=environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
+        assert ended.returncode == 75 and "no space" in ended.stderr, ended.stderr
+        assert list(disk.glob("*.before-*")) == ([copy] if copied else [])
+        with sqlite3.connect(database) as db:
+            assert db.execute("PRAGMA user_version").fetchone() == (VERSION - 1,)
+            assert db.execute("SELECT count(*) FROM components").fetchone() == (4000,)
+        db.close()
+        ballast.unlink()
+    with daemon, RegistryClient(daemon.registry, autostart=False) as client:
+        assert client.status()["names"] == 4000

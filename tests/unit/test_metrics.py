@@ -5,20 +5,21 @@ from __future__ import annotations
 import re
 import socket
 import stat
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from helpers import PROJECT, FakeClock, until
+from helpers import PATIENCE_S, PROJECT, FakeClock, until
 from madsci_registry.errors import BY_CODE, NoSpaceError
 from madsci_registry.protocol import REQUESTS
-from madsci_registryd import outlets
 from madsci_registryd.clock import Timers
 from madsci_registryd.faults import BadConfiguration
 from madsci_registryd.meters import Histogram
@@ -413,7 +414,7 @@ def test_port_that_is_taken_is_told_and_tried_again(
 
 def test_connections_that_stay_open_cost_the_daemon_one_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many connect and say nothing, one of them is accepted at a time, and cut off after its patience."""
-    monkeypatch.setattr(outlets._Request, "timeout", 0.2)
+    monkeypatch.setattr(Listener, "patience_s", 0.2)
     listener = Listener(("127.0.0.1", 0), FakeClock())
     try:
         port = listener.server_address[1]
@@ -427,6 +428,50 @@ def test_connections_that_stay_open_cost_the_daemon_one_descriptor(monkeypatch: 
             sock.close()
     finally:
         listener.stop()
+
+
+@contextmanager
+def dripping(port: int) -> Iterator[None]:
+    """Somebody who asks for metrics a byte every 50 ms, from the time at which he was heard."""
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        ended = threading.Event()
+
+        def drip() -> None:
+            with suppress(OSError):
+                while not ended.wait(0.05):
+                    sock.sendall(b"G")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def test_connection_that_says_a_little_all_the_time_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sends byte by byte has no longer than who says nothing, and whoever comes next is served."""
+    monkeypatch.setattr(Listener, "patience_s", 0.3)
+    listener = Listener(("127.0.0.1", 0), FakeClock())
+    try:
+        listener.give(b"text\n")
+        with dripping(listener.server_address[1]):
+            assert fetch(listener.server_address[1]) == (200, "text\n")
+    finally:
+        listener.stop()
+
+
+def test_listener_stops_while_somebody_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop waits for no connection, whatever its patience."""
+    monkeypatch.setattr(Listener, "patience_s", 600.0)
+    listener = Listener(("127.0.0.1", 0), FakeClock())
+    with dripping(listener.server_address[1]):
+        until(lambda: listener._served is not None, "for the connection")
+        stopper = threading.Thread(target=listener.stop, daemon=True)
+        stopper.start()
+        stopper.join(PATIENCE_S)
+        assert not stopper.is_alive()
 
 
 def test_turns_of_the_loop_are_timed_without_their_waiting() -> None:

@@ -184,25 +184,29 @@ def test_pieces_of_imports_of_one_user_are_limited(pair: Pair) -> None:
     assert a.send("import", upload="u", entries=[], last=True).code == "quota"
 
 
-def test_usage_is_counted_anew_before_a_refusal_and_once_a_second(tmp_path: Path) -> None:
-    """Nobody is refused by a count that is more than a second old, and nobody makes the daemon count more often."""
-    clock, counts, real = FakeClock(), [], 0
-    quotas = Quotas(Limits()._replace(locks=2), clock)
+@pytest.mark.parametrize(("limit", "counted_more"), [(2, True), (1000, False)])
+def test_usage_is_counted_anew_before_a_refusal_and_where_that_is_dear_once_a_second(
+    limit: int, counted_more: bool
+) -> None:
+    """Nobody is refused by a count that is more than a second old; and where there is much to count, nobody makes the
+    daemon count more often."""
+    clock, counts = FakeClock(), []
+    quotas = Quotas(Limits()._replace(locks=limit), clock)
 
     def count(uid: int) -> int:
         counts.append(uid)
-        return real
+        return limit
 
     usage = Usage("locks", quotas, clock, count)
-    usage.take(5)
-    usage.take(5)
     for _ in range(10):
         with pytest.raises(QuotaError):
             usage.take(5)
-    assert counts == [5]
+    assert (len(counts) > 1) is counted_more
     clock.advance(1.0)
-    usage.take(5)
-    assert counts == [5, 5]
+    before = len(counts)
+    with pytest.raises(QuotaError):
+        usage.take(5)
+    assert len(counts) == before + 1
 
 
 def test_refusals_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:

@@ -554,7 +554,9 @@ def test_no_grants_for_10_s_after_an_io_error(pair: Pair) -> None:
     """While holders have time to come back nobody is granted anything; a waiter is, once it is over."""
     a = pair.session("a")
     pair.core.service.no_grants_before = pair.clock.monotonic() + 10
-    assert a.resolve("arm").code == "busy"
+    pair.core.service.why_no_grants = "a backup was restored"
+    refused = a.resolve("arm").error()
+    assert (refused.code, str(refused)[:22]) == ("busy", "a backup was restored:")
     waits = a.resolve("arm", wait_s=10.0, renew=True)
     pair.wait(10.0)
     pair.core.registrar.reconsider("arm")

@@ -27,14 +27,14 @@ def socket_folder(case: Case) -> list[Finding]:
     if not stat.S_ISDIR(found.st_mode):
         return [Finding("error", "socket folder", f"{folder} is no folder", "move it away")]
     owner = [*_owner_findings(case, folder, found.st_uid), *_above(case, folder)]
-    return [*owner, *_folder_mode(folder, found)] or [
+    return [*owner, *_folder_mode(case.endpoint.socket, found)] or [
         Finding("ok", "socket folder", f"{folder}, mode {stat.S_IMODE(found.st_mode):04o}")
     ]
 
 
 def _owner_findings(case: Case, folder: Path, owner: int) -> Iterator[Finding]:
     me = os.geteuid()
-    if me not in (0, owner):
+    if me not in (0, owner) and case.status is None:  # else the daemon's settings let us in
         yield Finding("error", "socket folder", f"{folder} belongs to uid {owner}, not to you (uid {me})", AS_OWNER)
     if case.status and case.status["uid"] != owner and owner != 0:
         found = (
@@ -43,17 +43,25 @@ def _owner_findings(case: Case, folder: Path, owner: int) -> Iterator[Finding]:
         yield Finding("warning", "socket folder", found, f"run the daemon as uid {owner}, or chown the folder")
 
 
-def _folder_mode(folder: Path, found: os.stat_result) -> Iterator[Finding]:
-    mode = stat.S_IMODE(found.st_mode)
+def _folder_mode(socket: Path, found: os.stat_result) -> Iterator[Finding]:
+    folder, mode = socket.parent, stat.S_IMODE(found.st_mode)
     if mode & stat.S_ISVTX and mode & 0o022:
         said = f"{folder} has mode {mode:04o}: anybody may put a socket there first"
         yield Finding("warning", "socket folder", said, "use a --socket in a folder of mode 0700")
     elif mode & 0o022:
         said = f"{folder} has mode {mode:04o}: others may replace its sockets"
         yield Finding("error", "socket folder", said, f"chmod 700 {folder}")
-    elif mode & 0o055:
+    elif mode & 0o055 and not _is_open(socket):
         said = f"{folder} has mode {mode:04o}: others may look into it, though not use a socket of mode 0600"
         yield Finding("note", "socket folder", said, f"chmod 700 {folder}")
+
+
+def _is_open(socket: Path) -> bool:
+    """Tell whether the daemon's setting `access` lets in others than its own user."""
+    try:
+        return bool(stat.S_IMODE(socket.stat().st_mode) & 0o066)
+    except OSError:
+        return False
 
 
 def _above(case: Case, folder: Path) -> Iterator[Finding]:
@@ -74,11 +82,14 @@ def sockets(case: Case) -> list[Finding]:
     """Whether the sockets are there and whose they are; where no daemon answered, what stands in their place."""
     paths = (case.endpoint.socket, case.endpoint.lifeline)
     if case.status:
+        answer = f"{paths[0].name} and {paths[1].name} answer"
+        access, allowed = case.status.get("access", "owner"), case.status.get("allow_uids", [])
+        if access != "owner" or allowed:
+            others = f" and uids {', '.join(map(str, allowed))}" if allowed else ""
+            return [Finding("ok", "sockets", f"{answer}; the settings let in {access}{others}")]
         open_ones = [path for path in paths if _mode(path) & 0o022]
         if not open_ones:
-            return [
-                Finding("ok", "sockets", f"{paths[0].name} and {paths[1].name} answer; only their owner may use them")
-            ]
+            return [Finding("ok", "sockets", f"{answer}; only their owner may use them")]
         return [
             Finding("error", "sockets", f"{path} has mode {_mode(path):04o}: others may use it", f"chmod 600 {path}")
             for path in open_ones
