@@ -63,7 +63,7 @@ def until(condition: Callable[[], Any], what: str = "", patience_s: float = PATI
 def environment(**extra: str) -> dict[str, str]:
     """Return an environment for child processes in which our packages are found, settings of the user are not."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("MADSCI_")}
-    env["PYTHONPATH"] = os.pathsep.join(str(PROJECT / part) for part in ("client", "daemon", "tests"))
+    env["PYTHONPATH"] = os.pathsep.join(str(PROJECT / part) for part in ("client", "daemon", "lab", "tests"))
     env["PYTHONWARNINGS"] = "error"
     env["MADSCI_REGISTRYD_EPHEMERAL"] = "true"  # tests may run in a container, where temporary folders go with it
     return {**env, **extra}

@@ -51,7 +51,12 @@ def _is_current(folder: Path) -> bool:
 
 
 def _sources() -> str:
-    files = [f for part in ("client", "daemon") for f in (PROJECT / part).rglob("*") if f.suffix in (".py", ".pth")]
+    files = [
+        f
+        for part in ("client", "daemon", "lab")
+        for f in (PROJECT / part).rglob("*")
+        if f.suffix in (".py", ".pth", ".sql")
+    ]
     digest = hashlib.sha256()
     for file in sorted([*files, PROJECT / "schema.sql", PROJECT / "pyproject.toml"]):
         digest.update(f"{file.relative_to(PROJECT)}\0".encode() + file.read_bytes())

@@ -35,13 +35,14 @@ def _run(*command: str) -> str:
 
 
 def test_wheel_holds_the_schema_and_the_packages(built: Path) -> None:
-    """The wheel has schema.sql as a file inside the daemon's package, and all three packages."""
+    """The wheel has schema.sql as a file inside the daemon's package, and all packages, the lab's with its own one."""
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = wheel.namelist()
         assert wheel.read("madsci_registryd/schema.sql") == SCHEMA
     for module in ("madsci_registry/client.py", "madsci_registryctl/__main__.py", "madsci_registryd/__main__.py"):
         assert module in names
-    assert not [name for name in names if name.startswith(("tests", "client/", "daemon/"))]
+    assert {"madsci_registry_lab/__main__.py", "madsci_registry_lab/schema.sql"} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "client/", "daemon/", "lab/"))]
 
 
 def test_wheel_and_sdist_hold_the_units(built: Path) -> None:

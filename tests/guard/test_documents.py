@@ -142,10 +142,22 @@ def test_tests_that_architecture_names_exist() -> None:
 
 def test_modules_that_architecture_describes_are_those_of_the_code() -> None:
     """architecture.md has a word on every module of the daemon and of the client library, and on no other."""
-    named = set(re.findall(r"\*\*`(\w+)`\*\*", ARCHITECTURE))
+    named = set(re.findall(r"\*\*`(\w+)`\*\*", ARCHITECTURE.replace(_section_of_the_lab(), "")))
     folders = (PROJECT / "daemon" / "madsci_registryd", PROJECT / "client" / "madsci_registry")
     modules = {path.stem for folder in folders for path in folder.glob("*.py")} - {"__init__"}
     assert named == modules | {"madsci_registryctl"}
+
+
+def test_modules_of_the_lab_that_architecture_describes_are_those_of_the_code() -> None:
+    """architecture.md has a word on every module of the lab, and on no other."""
+    modules = {path.stem for path in (PROJECT / "lab" / "madsci_registry_lab").glob("*.py")} - {"__init__"}
+    assert set(re.findall(r"\*\*`(\w+)`\*\*", _section_of_the_lab())) == modules
+
+
+def _section_of_the_lab() -> str:
+    found = re.search(r"^## Modules of the lab\n.*?(?=^## )", ARCHITECTURE, re.MULTILINE | re.DOTALL)
+    assert found
+    return found[0]
 
 
 def test_schema_that_ships_is_the_one_at_the_top() -> None:

@@ -16,7 +16,7 @@ import madsci_registry
 from helpers import PROJECT, environment
 from madsci_registry import errors, types
 
-SOURCES = sorted([*PROJECT.glob("client/**/*.py"), *PROJECT.glob("daemon/**/*.py")])
+SOURCES = sorted(path for part in ("client", "daemon", "lab") for path in PROJECT.glob(f"{part}/**/*.py"))
 TESTS = sorted(PROJECT.glob("tests/**/test_*.py"))
 
 
@@ -99,6 +99,6 @@ def test_command_line_imports_no_daemon() -> None:
 
 
 def test_entry_points_exist() -> None:
-    """Both commands of the distribution have a main()."""
-    for module in ("madsci_registryd.__main__", "madsci_registryctl.__main__"):
+    """The commands of the distribution have a main()."""
+    for module in ("madsci_registryd.__main__", "madsci_registryctl.__main__", "madsci_registry_lab.__main__"):
         assert callable(importlib.import_module(module).main)

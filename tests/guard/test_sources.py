@@ -10,7 +10,7 @@ import pytest
 
 from helpers import PROJECT
 
-FOLDERS = ("client", "daemon", "tests", "bench", "docs", "systemd")
+FOLDERS = ("client", "daemon", "lab", "tests", "bench", "docs", "systemd")
 KINDS = (".py", ".sql", ".md", ".toml", ".json", ".sh", ".service", ".socket", ".timer", ".conf")
 FILES = sorted(
     path
@@ -29,7 +29,7 @@ def test_file_names_no_machine(path: Path) -> None:
 
 
 def _module_files() -> list[Path]:
-    return [path for path in FILES if path.suffix == ".py" and path.relative_to(PROJECT).parts[0] in FOLDERS[:2]]
+    return [path for path in FILES if path.suffix == ".py" and path.relative_to(PROJECT).parts[0] in FOLDERS[:3]]
 
 
 def _attributes(path: Path) -> set[str]:
@@ -46,6 +46,7 @@ READS_ENVIRONMENT = {
     "madsci_registry/_endpoint.py",  # which registry
     "madsci_registry/_autostart.py",  # whether it may be started, and the environment that it gets
     "madsci_registryd/settings.py",
+    "madsci_registry_lab/settings.py",
     "madsci_registryctl/run.py",  # hands its environment on to the command
     "madsci_registryctl/render.py",  # NO_COLOR
     "madsci_registryctl/invocation.py",  # NO_COLOR
@@ -71,10 +72,17 @@ def test_client_starts_its_threads_in_one_place() -> None:
     assert users == {"_threads.py"}
 
 
-def test_daemon_takes_time_from_its_clock() -> None:
-    """The daemon reads wall and monotonic time in one module, so that tests can turn them."""
+@pytest.mark.parametrize("package", ["madsci_registryd", "madsci_registry_lab"])
+def test_servers_take_time_from_their_clock(package: str) -> None:
+    """Daemon and lab each read wall and monotonic time in one module, so that tests can turn them."""
     clocks = {"time.time", "time.monotonic", "time.time_ns", "time.monotonic_ns", "datetime.now", "datetime.utcnow"}
-    readers = {
-        path.name for path in _module_files() if path.parent.name == "madsci_registryd" and clocks & _attributes(path)
-    }
+    readers = {path.name for path in _module_files() if path.parent.name == package and clocks & _attributes(path)}
     assert readers <= {"clock.py"}
+
+
+def test_lab_has_sql_in_its_store_alone() -> None:
+    """No module of the lab but its SQLite store holds SQL, so that another store can stand behind the same routes."""
+    sql = re.compile(r"\b(SELECT .* FROM|INSERT (OR \w+ )?INTO|DELETE FROM|UPDATE \w+ SET)\b")
+    found = {path.name for path in (PROJECT / "lab").rglob("*.py") if sql.search(path.read_text())}
+    assert found
+    assert all(name.startswith("sqlite_") for name in found)

@@ -1,0 +1,82 @@
+"""The stores that a lab can have, each for the one suite of tests in unit/test_lab_store.py."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+
+from helpers import FakeClock
+from madsci_registry_lab.sqlite_store import SqliteStore
+from madsci_registry_lab.store import LabStore, Lock, Session, State, Want
+
+LEASE_S = 15.0
+ULIDS = [f"01M86NDR2BZN87TH2B3SP1N0{n:02}" for n in range(100)]
+
+
+class SqliteStores:
+    """One SQLite file in a folder, opened and closed again. A context manager."""
+
+    def __init__(self, folder: Path, clock: FakeClock) -> None:
+        self._path = folder / "lab.db"
+        self._clock = clock
+        self._open = ExitStack()
+
+    def __enter__(self) -> SqliteStores:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def open(self) -> LabStore:
+        """Open what is there, as a start of the lab does."""
+        store = SqliteStore(self._path, self._clock)
+        self._open.callback(store.close)
+        return store
+
+    def close(self) -> None:
+        """Close it, as an end of the lab does."""
+        self._open.close()
+
+    def back_up(self) -> None:
+        """Keep a copy of what is there; it must be closed."""
+        shutil.copy(self._path, self._path.with_suffix(".backup"))
+
+    def restore(self) -> None:
+        """Set it back to that copy; it must be closed."""
+        shutil.copy(self._path.with_suffix(".backup"), self._path)
+
+
+STORES = {"sqlite": SqliteStores}
+
+
+def state(name: str, n: int, *, at: int = 0, **more: object) -> State:
+    """Return a word about a component with the n-th ULID, changed at that second."""
+    when = f"2026-11-24T10:00:{at:02}.000000Z"
+    given = {"component_type": "node", "created_at": when, "changed_at": when, **more}
+    return State(id=ULIDS[n], name=name, **given)  # type: ignore[arg-type] # the caller's fields
+
+
+class Host:
+    """A host of a lab: its session, and what it does with the store."""
+
+    def __init__(self, store: LabStore, name: str, boot: str = "boot-1") -> None:
+        self.store = store
+        self.name = name
+        self.boot = boot
+        self.session: Session = store.register(name, boot, LEASE_S, f"daemon on {name}")
+        self.ops = 0
+
+    def resolve(self, name: str, n: int) -> str:
+        """Get or create a component; return its ULID."""
+        self.ops += 1
+        return self.store.resolve(self.name, str(self.ops), state(name, n), None, None).entry.id
+
+    def lock(self, name: str, proposal: int = 0, term: int | None = None) -> Lock:
+        return self.store.acquire(self.name, self.session.id, name, Want(proposal=proposal, term=term))
+
+    def keep(self) -> Session:
+        return self.store.keep(self.name, self.session.id, self.boot)
+
+    def release(self, name: str, term: int | None) -> bool:
+        return self.store.release(self.name, self.session.id, name, term)
