@@ -65,8 +65,9 @@ check-prefix:
 
 install: check-prefix
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, say make PYTHON=... install")'
-	@$(PYTHON) -c 'import os, sys; at = os.path.realpath(sys.base_prefix); \
-	sys.exit(at.startswith(("/home/", "/root/", "/tmp/")) and at + ": no service may look there, say make PYTHON=/usr/bin/python3 install")'
+	@PYTHONPATH=client PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -c 'import os, sys; from pathlib import Path; \
+	from madsci_registryctl.service.reach import obstacles; found = obstacles([Path(os.path.realpath(sys.executable))]); \
+	sys.exit(found and "\n".join(found) + "\nso no service could run this Python: say make PYTHON=/usr/bin/python3 install" or 0)'
 	@test ! -e '$(PREFIX)' -o -e '$(PREFIX)/.made-by-make-install' || { echo "$(PREFIX) exists and is not ours, say make PREFIX=... install" >&2; exit 1; }
 	umask 022 && mkdir -p '$(PREFIX)' && touch '$(PREFIX)/.made-by-make-install' && $(PYTHON) -m venv '$(PREFIX)'
 	umask 022 && '$(PREFIX)/bin/python' -m pip install --quiet --disable-pip-version-check --no-cache-dir --upgrade .

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 
 from classic import Classic
 from helpers import DaemonProcess, Worker, daemons_under, end_daemons_under, environment
 from lab_stub import LabStub
+from labs import LabProcess
+from labs import client as lab_client
 from madsci_registry import RegistryClient
 from raw_client import RawProcess
 from real_madsci import real_madsci
@@ -62,6 +65,20 @@ def daemon(registry_path: Path) -> Iterator[DaemonProcess]:
     """A daemon that serves `registry_path`."""
     with DaemonProcess(registry_path) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabProcess]:
+    """A lab that the tests of a module share; each has names of its own."""
+    with LabProcess(tmp_path_factory.mktemp("lab")) as running:
+        yield running
+
+
+@pytest.fixture
+def http(served: LabProcess) -> Iterator[httpx.Client]:
+    """A client of that lab."""
+    with lab_client(served.url) as made:
+        yield made
 
 
 @pytest.fixture

@@ -69,23 +69,13 @@ def environment(**extra: str) -> dict[str, str]:
     return {**env, **extra}
 
 
-class DaemonProcess:
-    """A real daemon in a process of its own on `registry` (DIR/NAME.json). A context manager; start() begins it."""
+class ProgramProcess:
+    """A Python program of ours in a process of its own, which says on stderr what it does, to a file."""
 
-    def __init__(self, registry: Path, *options: str) -> None:
-        self.registry = registry
-        self.options = options
-        self.socket = registry.parent / "run" / f"{registry.stem}.sock"
-        self.lifeline = self.socket.with_suffix(".life")
+    def __init__(self, log_path: Path) -> None:
         self.extra_env: dict[str, str] = {}
-        self.log_path = registry.parent / f"{registry.stem}.test.log"
+        self.log_path = log_path
         self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> DaemonProcess:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
 
     @property
     def pid(self) -> int:
@@ -94,38 +84,27 @@ class DaemonProcess:
 
     @property
     def log(self) -> str:
-        """All that the daemon has said on stderr, over all its starts."""
+        """All that it has said on stderr, over all its starts."""
         return self.log_path.read_text() if self.log_path.exists() else ""
 
-    def command(self, *arguments: str) -> list[str]:
-        """Return the command line that runs the daemon's program on this registry."""
-        return [sys.executable, "-m", "madsci_registryd", "--registry", str(self.registry), *self.options, *arguments]
-
-    def spawn(self) -> None:
-        """Start the process; do not wait until it serves."""
+    def run(self, *arguments: str) -> None:
+        """Start the interpreter with these arguments; do not wait until it serves."""
         assert self._process is None, "already started"
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _DIES_WITH_PARENT, *self.command()[1:]],
+                [sys.executable, "-c", _DIES_WITH_PARENT, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=environment(**self.extra_env),
             )
 
-    def start(self) -> DaemonProcess:
-        """Start the process and wait until its lifeline accepts."""
-        self.spawn()
-        until(self._serves, f"for the daemon to serve:\n{self.log}")
-        return self
-
-    def _serves(self) -> bool:
+    def check_alive(self) -> None:
         assert self._process
-        assert self._process.poll() is None, f"the daemon ended with {self._process.returncode}:\n{self.log}"
-        return accepts(self.lifeline)
+        assert self._process.poll() is None, f"it ended with {self._process.returncode}:\n{self.log}"
 
     def signal(self, number: int) -> None:
-        """Send the daemon a signal (SIGSTOP, SIGCONT, ...)."""
+        """Send it a signal (SIGSTOP, SIGCONT, ...)."""
         assert self._process
         self._process.send_signal(number)
 
@@ -142,10 +121,45 @@ class DaemonProcess:
         return self.wait()
 
     def kill(self) -> None:
-        """SIGKILL, if it runs."""
+        """SIGKILL and reap, if it runs."""
         if self._process:
             self._process.kill()
             self.wait()
+
+
+class DaemonProcess(ProgramProcess):
+    """A real daemon in a process of its own on `registry` (DIR/NAME.json). A context manager; start() begins it."""
+
+    def __init__(self, registry: Path, *options: str) -> None:
+        self.registry = registry
+        self.options = options
+        self.socket = registry.parent / "run" / f"{registry.stem}.sock"
+        self.lifeline = self.socket.with_suffix(".life")
+        super().__init__(registry.parent / f"{registry.stem}.test.log")
+
+    def __enter__(self) -> DaemonProcess:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def command(self, *arguments: str) -> list[str]:
+        """Return the command line that runs the daemon's program on this registry."""
+        return [sys.executable, "-m", "madsci_registryd", "--registry", str(self.registry), *self.options, *arguments]
+
+    def spawn(self) -> None:
+        """Start the process; do not wait until it serves."""
+        self.run(*self.command()[1:])
+
+    def start(self) -> DaemonProcess:
+        """Start the process and wait until its lifeline accepts."""
+        self.spawn()
+        until(self._serves, f"for the daemon to serve:\n{self.log}")
+        return self
+
+    def _serves(self) -> bool:
+        self.check_alive()
+        return accepts(self.lifeline)
 
     def restart(self) -> DaemonProcess:
         """SIGKILL and start again."""

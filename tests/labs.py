@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from helpers import _DIES_WITH_PARENT, PATIENCE_S, environment, until
+from helpers import PATIENCE_S, ProgramProcess, until
 
 MARK = "X-MADSci-Lab-Registry"
 
@@ -22,15 +19,14 @@ def client(url: str, token: str = "") -> httpx.Client:
     return httpx.Client(base_url=url, headers=headers, timeout=PATIENCE_S, trust_env=False)
 
 
-class LabProcess:
+class LabProcess(ProgramProcess):
     """The program `madsci-registry-lab` on a port of its own. A context manager; `start` begins it."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
         self.options = options
         self.port = 0
-        self.log_path = folder / "lab.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__(folder / "lab.log")
 
     def __enter__(self) -> LabProcess:
         return self.start()
@@ -43,11 +39,6 @@ class LabProcess:
         scheme = "https" if "--tls-cert" in self.options else "http"
         return f"{scheme}://127.0.0.1:{self.port}"
 
-    @property
-    def log(self) -> str:
-        """All that it has said on stderr, over all its starts."""
-        return self.log_path.read_text()
-
     def command(self) -> list[str]:
         """Return its command line."""
         store, listen = f"sqlite:{self.folder / 'lab.db'}", f"127.0.0.1:{self.port}"
@@ -55,44 +46,16 @@ class LabProcess:
 
     def start(self) -> LabProcess:
         """Start it and wait until it serves; from the second time on, on the same port."""
-        assert self._process is None, "already started"
-        before = len(self.log) if self.log_path.exists() else 0
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _DIES_WITH_PARENT, *self.command()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment(),
-            )
+        before = len(self.log)
+        self.run(*self.command())
         found = until(lambda: self._port(before), "for the lab to serve")
         self.port = int(found)
         return self
 
     def _port(self, start: int) -> str | None:
-        assert self._process
-        assert self._process.poll() is None, f"the lab ended with {self._process.returncode}:\n{self.log}"
+        self.check_alive()
         found = re.search(r"serving on 127\.0\.0\.1 port (\d+)", self.log[start:])
         return found[1] if found else None
-
-    def wait(self) -> int:
-        """Wait until it has ended by itself; return its exit status."""
-        assert self._process
-        status = self._process.wait(PATIENCE_S)
-        self._process = None
-        return status
-
-    def terminate(self) -> int:
-        """SIGTERM; return the exit status."""
-        assert self._process
-        self._process.send_signal(signal.SIGTERM)
-        return self.wait()
-
-    def kill(self) -> None:
-        """SIGKILL, if it runs."""
-        if self._process:
-            self._process.kill()
-            self.wait()
 
 
 class LabHost:

@@ -214,8 +214,8 @@ cmd_up() {
   BINDS=() ENABLE=() VENV= NET=private LOWER=/ CGMODE=v2 V1=()
   while [[ $# -gt 0 ]]; do [[ $# -ge 2 ]] || die "$1 needs a value"; case $1 in
     --ro|--rw) p=$(pair "$2") || exit 1; BINDS+=("${1#--}"$'\t'"$p")
-        case ${p#*$'\t'} in /tmp/*|/var/tmp/*|/root/*|/home/*|/run/user/*)
-          say "note: ${p#*$'\t'} is hidden from units by PrivateTmp=/ProtectHome=/DynamicUser=; give it another DST";; esac;;
+        if [[ ${p#*$'\t'} =~ ^/(tmp|var/tmp|root|home|run/user)/ ]]; then
+          say "note: ${p#*$'\t'} is hidden from units by PrivateTmp=/ProtectHome=/DynamicUser=; give it another DST"; fi;;
     --venv) o=$2; [[ $o == *:* ]] || o=$o:/opt/venv; VENV=$(pair "$o") || exit 1; p=${VENV%%$'\t'*}
         [[ -x $p/bin/python && -f $p/pyvenv.cfg ]] || die "not a venv: $2";;
     --enable) [[ -e $UNITS/$2 ]] || die "no $2 in $UNITS"; ENABLE+=("$2");;

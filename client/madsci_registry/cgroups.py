@@ -33,11 +33,16 @@ def place_of(cgroup: str) -> Place:
             found = _container(parent, part)
             if found is not None:
                 return found
+    return Place(innermost_unit(cgroup), None, systemctl(cgroup, "stop"))
+
+
+def systemctl(cgroup: str, verb: str) -> str | None:
+    """Return the command that does `verb` with the innermost unit, None where that is no service."""
     unit = innermost_unit(cgroup)
     if unit is None or not unit.endswith(".service"):
-        return Place(unit)
+        return None
     is_users = any(part.startswith("user@") and part != unit for path in _paths(cgroup) for part in path)
-    return Place(unit, None, f"systemctl {'--user ' if is_users else ''}stop {shlex.quote(unit)}")
+    return f"systemctl {'--user ' if is_users else ''}{verb} {shlex.quote(unit)}"
 
 
 def innermost_unit(cgroup: str) -> str | None:

@@ -116,7 +116,7 @@ class App:
         self._note(**({grace: boot} if grace else {}))
         self._watch_signals()  # first: whoever finds us listening may tell us to stop
         self.server.bind()
-        self.lifelines.bind()
+        self.lifelines.reception.bind()
         self._watch_world(grace is not None)
         if not self._is_autostarted:
             self.supervisor.leave_word(self.places.kept, in_container=in_container())
@@ -303,7 +303,7 @@ class App:
         self.registrar.commit()
         if self.bridge is not None:
             self.bridge.pump()
-        self.lifelines.begin_turn()
+        self.lifelines.reception.begin_turn()
         self.loop.turn(0 if self.why_stop or self.server.has_input() else self.timers.next_s())
         self.server.drain(self.core.handlers.request)
         self.registrar.commit()
@@ -326,8 +326,8 @@ class App:
             if not self.server.path.is_ours():
                 self.server.bind()
                 self._say_made_again(self.places.socket)
-            if not self.lifelines.path.is_ours():
-                self.lifelines.bind()
+            if not self.lifelines.reception.path.is_ours():
+                self.lifelines.reception.bind()
                 self._say_made_again(self.places.lifeline)
         except (StartFault, OSError) as error:
             log.warning("cannot listen: %s", error, extra=messages.CANNOT_LISTEN())
@@ -366,9 +366,9 @@ class App:
 
     def _look_idle(self) -> None:
         limit_s = self.settings.idle_exit
-        if not self.lifelines.is_quiet or self.registrar.sessions or limit_s is None:
+        if self.lifelines.reception.lines or self.registrar.sessions or limit_s is None:
             self._busy_at = self.clock.monotonic()
-        elif self.clock.monotonic() - self._busy_at >= limit_s and self.lifelines.stop_if_quiet():
+        elif self.clock.monotonic() - self._busy_at >= limit_s and self.lifelines.reception.stop_if_quiet():
             self.why_stop = f"no client for {limit_s:g} s"
 
     def _trim(self) -> None:
@@ -437,7 +437,7 @@ class App:
     def close(self) -> None:
         """Tell the clients, close the sockets, then the database; locks stay in it for the next daemon."""
         self.registrar.close()
-        self.lifelines.close()
+        self.lifelines.reception.close()
         self.server.close()
         if self.passes is not None and self.bridge is not None:
             self.passes.stop()

@@ -24,7 +24,6 @@ COPY_MAX_BYTES = 16 << 20
 """Some 50,000 names. A larger file takes an old program many seconds to write, and is looked at in between."""
 
 IN_CLOSE_WRITE = 0x8
-IN_CLOSE_NOWRITE = 0x10
 IN_MOVED_TO = 0x80
 IN_Q_OVERFLOW = 0x4000
 IN_IGNORED = 0x8000

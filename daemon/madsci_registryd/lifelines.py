@@ -13,10 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import select
-import socket
-from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import ulid
 
@@ -24,13 +21,12 @@ from madsci_registry import protocol as p
 from madsci_registry.errors import (
     InvalidError,
     PermissionDeniedError,
-    QuotaError,
     RegistryError,
     SessionRequiredError,
 )
 from madsci_registry.types import Process, Proof
 from madsci_registryd import facts, holders, messages
-from madsci_registryd.admission import Admission, Credentials
+from madsci_registryd.admission import Admission
 from madsci_registryd.batch import Write, always
 from madsci_registryd.clock import iso
 from madsci_registryd.core import Core
@@ -38,34 +34,18 @@ from madsci_registryd.handlers import hash_token
 from madsci_registryd.lifeline import Lifeline
 from madsci_registryd.locks import Presence, Session
 from madsci_registryd.loop import Loop, Turn
-from madsci_registryd.quotas import Quotas
+from madsci_registryd.reception import Reception
 from madsci_registryd.sockets import ListeningPath
 from madsci_registryd.transaction import Tx
 
 log = logging.getLogger(__name__)
 
-HELLO_S = 2.0
-"""How long a new connection may stay silent."""
-ACCEPT_PAUSE_S = 0.1
-
-
-class Pace(NamedTuple):
-    """How much is heard in one turn of the loop; the rest waits for the next."""
-
-    accepts: int
-    lines: int
-    """Of one user."""
-
-
-ALONE = Pace(64, 400)
-SHARED = Pace(16, 20)
-"""Where several users may come: 2 ms for each of them, if every line is a write."""
 HELLO_LINES = 4
 """A hello takes as long as so many other lines."""
 
 
 class Lifelines:
-    """The listener, the connections, and the pidfds of all sessions. One thread."""
+    """The connections' sessions, and the pidfds of all sessions. One thread."""
 
     def __init__(
         self,
@@ -77,128 +57,29 @@ class Lifelines:
         config: str,
         best_proof: Proof,
     ) -> None:
-        self.path = path
         self.loop = loop
-        self._timers = core.timers
         self._clock = core.clock
         self._meters = core.meters
         self._registrar = core.registrar
         self._decode = core.handlers.line
         self._epoch = core.epoch
         self._version = version
-        self.admission = core.service.admission
-        self._config = config
-        self._pace = SHARED if self.admission.is_shared else ALONE
-        self._quotas: Quotas = core.quotas
+        self._admission = core.service.admission
+        self._quotas = core.quotas
         self._best_proof = best_proof
-        self._listener: socket.socket | None = None
-        self._lines: set[Lifeline] = set()
-        self._heard: Counter[int] = Counter()
-        """How many lines each user has said in this turn of the loop."""
-        self._lines_of: Counter[int] = Counter()
-        """How many connections each user has."""
+        self.reception = Reception(path, loop, core.timers, core.quotas, self._admission, self, config)
         self._of_session: dict[str, Lifeline] = {}
         self._pidfds: dict[str, int] = {}
         self._registrar.tell = self.tell
         self._registrar.at_end.append(self.forget)
         self._registrar.is_dead = self.is_dead
-        self._registrar.is_behind = self.is_behind
-
-    # listening
-
-    def bind(self) -> None:
-        """Listen at the path; again, where its socket file went."""
-        self._stop_listening()
-        self._listener = self.path.listen(self.admission.modes)
-        self.loop.watch(self._listener.fileno(), Turn.LIFELINES, self._accept)
+        self._registrar.is_behind = self.reception.is_behind
 
     def admit(self, admission: Admission) -> None:
         """Judge by other rules who administers, those who are here too."""
-        self.admission = self._registrar.service.admission = admission
+        self._admission = self._registrar.service.admission = admission
         for session in self._registrar.sessions.values():
             session.is_admin = session.credentials is not None and admission.is_admin(session.credentials)
-
-    def _stop_listening(self) -> None:
-        if self._listener is not None:
-            self.loop.unwatch(self._listener.fileno())
-            self._listener.close()
-            self._listener = None
-
-    def _accept(self, events: int) -> None:
-        assert self._listener is not None
-        for _ in range(self._pace.accepts):
-            try:
-                sock, _ = self._listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:  # out of descriptors: the connection waits in the backlog
-                log.warning("cannot accept a connection: %s", error, extra=messages.CANNOT_ACCEPT())
-                self._pause_listening(self._listener)
-                return
-            sock.setblocking(False)
-            self._begin_line(sock)
-
-    def _begin_line(self, sock: socket.socket) -> None:
-        who = holders.credentials_of_peer(sock)
-        uid = who.uid
-        line = Lifeline(sock, self.loop, self, uid)
-        self._lines.add(line)
-        self._lines_of[uid] += 1
-        self.loop.watch(sock.fileno(), Turn.LIFELINES, line.ready)
-        self._timers.after(HELLO_S, lambda: self._check_hello(line))
-        try:
-            self._admit(who)
-            self._quotas.check(uid, "connections", self._lines_of[uid] - 1)
-        except RegistryError as error:
-            self._log_refusal(line, error)
-            line.refuse(error)
-
-    def _check_hello(self, line: Lifeline) -> None:
-        """Close a connection that stays silent; one that was not heard yet is not silent."""
-        if line.has_spoken or line.is_closed:
-            return
-        if line.has_unread():
-            self._timers.after(HELLO_S, lambda: self._check_hello(line))
-        else:
-            line.close()
-
-    def _pause_listening(self, listener: socket.socket) -> None:
-        def again() -> None:
-            if listener is self._listener and not self.loop.is_watched(listener.fileno()):
-                self.loop.watch(listener.fileno(), Turn.LIFELINES, self._accept)
-
-        self.loop.unwatch(listener.fileno())
-        self._timers.after(ACCEPT_PAUSE_S, again)
-
-    def is_behind(self) -> bool:
-        """Tell whether somebody who connected could not be heard yet: it may be one who resumes."""
-        if self._listener is None:
-            return False
-        poll = select.poll()
-        poll.register(self._listener, select.POLLIN)
-        return bool(poll.poll(0)) or any(line.has_unread() for line in self._lines if not line.has_spoken)
-
-    @property
-    def is_quiet(self) -> bool:
-        """True: no connection is up."""
-        return not self._lines
-
-    def close(self) -> None:
-        """Tell all clients that the daemon stops, and close."""
-        self._stop_listening()
-        self.path.remove()
-        for line in list(self._lines):
-            line.send({"op": "closing"})
-            line.close()
-
-    def stop_if_quiet(self) -> bool:
-        """Stop listening, then look: True where nobody came in between; else listen on."""
-        self._accept(0)
-        if not self.is_quiet:
-            return False
-        self._stop_listening()
-        self.path.remove()
-        return True
 
     # sessions
 
@@ -237,20 +118,16 @@ class Lifelines:
 
     # what clients say
 
-    def begin_turn(self) -> None:
-        """Everybody may be heard again."""
-        self._heard.clear()
-
     def may_read(self, line: Lifeline) -> bool:
-        return self._heard[line.uid] < self._pace.lines
+        return self.reception.may_read(line)
 
     def said(self, line: Lifeline, text: bytes) -> None:
         """Do what a line asks; a line that is refused before the hello ends its connection."""
-        self._heard[line.uid] += 1
+        self.reception.heard(line, 1)
         try:
             message = self._decode(text)
             if isinstance(message, (p.Hello, p.Resume)):
-                self._heard[line.uid] += HELLO_LINES - 1
+                self.reception.heard(line, HELLO_LINES - 1)
                 if line.session is not None:
                     raise InvalidError("op: this connection has a session already", field="op", reason="twice")
                 self._begin(line, message)
@@ -259,16 +136,7 @@ class Lifelines:
             else:
                 self._act(line.session, message)
         except RegistryError as error:
-            self._log_refusal(line, error)
-            line.refuse(error)  # a client of ours says nothing wrong; one that is well comes back and resumes
-
-    def _log_refusal(self, line: Lifeline, error: RegistryError) -> None:
-        if isinstance(error, QuotaError):
-            return  # is logged where it is refused
-        is_access = isinstance(error, PermissionDeniedError)
-        kind, level = (messages.ACCESS_REFUSED, logging.WARNING) if is_access else (messages.LINE_REFUSED, logging.INFO)
-        extra = kind(code=error.code, uid=line.uid)
-        self._quotas.log_once((error.code, line.uid), "refused a line: %s", error, level=level, extra=extra)
+            self.reception.refuse(line, error)
 
     def _act(self, session: Session, message: Any) -> None:
         if isinstance(message, p.Cancel):
@@ -302,7 +170,6 @@ class Lifelines:
             line.close()
             return
         try:
-            self._admit(peer.credentials)
             session = self._resumed(peer, message) if isinstance(message, p.Resume) else None
             if session is None:
                 self._check_quota(peer)
@@ -319,10 +186,6 @@ class Lifelines:
             self._resume_anew(line, session, peer, message)
         else:
             self._attach(line, session, peer, message)
-
-    def _admit(self, who: Credentials) -> None:
-        if not self.admission.admits(who):
-            raise self.admission.refusal(who, str(self.path.path), self._config)
 
     def _check_quota(self, peer: holders.Peer) -> None:
         count = sum(s.uid == peer.uid for s in self._registrar.sessions.values())
@@ -380,7 +243,7 @@ class Lifelines:
             return
         session.process = facts.process_of(peer)
         session.credentials = peer.credentials
-        session.is_admin = self.admission.is_admin(peer.credentials)
+        session.is_admin = self._admission.is_admin(peer.credentials)
         if peer.pidfd is not None:
             self.watch_process(session, peer.pidfd)
         if line.is_closed or line.session is not None:  # it went, or began another session, while it was written
@@ -420,8 +283,7 @@ class Lifelines:
 
     def closed(self, line: Lifeline) -> None:
         """A connection ended: its session may resume, unless its process is dead."""
-        self._lines.discard(line)
-        self._lines_of[line.uid] -= 1
+        self.reception.gone(line)
         session = line.session
         if session is None or self._of_session.get(session.id) is not line:
             return

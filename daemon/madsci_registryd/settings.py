@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     access: Access = "owner"
     """Who may use the registry beside root: the daemon's user, the group of the registry's folder, or everyone."""
     allow_uids: frozenset[Annotated[int, Field(ge=0, lt=1 << 32)]] = frozenset()
-    """Users who may use it whatever `access` says."""
+    """Users who may use it too, with `access = owner`."""
     admin_group: int | str | None = None
     """The group, by name or number, whose members may do what takes something from others."""
     connections_per_uid: Annotated[int, Field(ge=1, le=100_000)] = Limits().connections

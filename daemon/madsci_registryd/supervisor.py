@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from madsci_registry.cgroups import place_of
+from madsci_registry.cgroups import innermost_unit, systemctl
 from madsci_registryd import messages
 from madsci_registryd.faults import BadConfiguration
 from madsci_registryd.settings import Supervision
@@ -69,9 +69,10 @@ class Supervisor:
         if self._address is None:
             return None
         with suppress(OSError):
-            place = place_of(Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace"))
-            if place.unit is not None and place.stop_command is not None:
-                return f"the systemd unit {place.unit}", place.stop_command.replace(" stop ", " start ", 1)
+            cgroup = Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace")
+            start = systemctl(cgroup, "start")
+            if start is not None:
+                return f"the systemd unit {innermost_unit(cgroup)}", start
         return "a service manager", "start its service"
 
     def _say(self, message: str) -> None:

@@ -17,9 +17,11 @@ import pytest
 from helpers import PATIENCE_S, TESTS, DaemonProcess
 from madsci_registry import RegistryClient
 from madsci_registry.errors import HeldError
-from madsci_registryd.file_watch import IN_CLOSE_NOWRITE, IN_CLOSE_WRITE, read_events, watch_folder
+from madsci_registryd.file_watch import IN_CLOSE_WRITE, read_events, watch_folder
 
 ROUNDS = 20
+IN_CLOSE_NOWRITE = 0x10
+"""inotify(7): who only read the file has closed it."""
 COPIED_WITHIN_S = 10.0
 """The file's lock keeps the daemon's passes away meanwhile."""
 TEARING = """

@@ -20,20 +20,6 @@ from madsci_registry._lab import Known, Lab
 ODD_NAMES = ["a/b c", "a/lock", "a/unlock", "lock", "..", ".", "100%25 é?#[x]", "a\\b;c=d&e+f", "//", "%2F"]
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabProcess]:
-    """A lab that the tests of this module share; each has names of its own."""
-    with LabProcess(tmp_path_factory.mktemp("lab")) as running:
-        yield running
-
-
-@pytest.fixture
-def http(served: LabProcess) -> Iterator[httpx.Client]:
-    """A client of it."""
-    with client(served.url) as made:
-        yield made
-
-
 @pytest.fixture
 def two_hosts(registry_path: Path) -> Iterator[list[Classic]]:
     """The classic API on two registries, as of two hosts, each with its daemon."""

@@ -23,20 +23,6 @@ from labs import MARK, LabHost, LabProcess, client
 AT = "2026-11-24T10:00:00Z"
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabProcess]:
-    """A lab that the tests of this module share; each has names of its own."""
-    with LabProcess(tmp_path_factory.mktemp("lab")) as running:
-        yield running
-
-
-@pytest.fixture
-def http(served: LabProcess) -> Iterator[httpx.Client]:
-    """A client of it."""
-    with client(served.url) as made:
-        yield made
-
-
 @pytest.fixture
 def hosts(served: LabProcess) -> Iterator[list[LabHost]]:
     """Two hosts of it, registered."""

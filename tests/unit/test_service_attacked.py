@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from madsci_registry import errors
-from madsci_registry.protocol import FRAME_MAX_BYTES, Hold
+from madsci_registry.protocol import FRAME_MAX_BYTES, GRACE_S, RESUME_S, Hold
 from madsci_registryd.clock import instant
 from pair import Pair
 
@@ -134,3 +134,24 @@ def test_cursor_of_another_backup_is_a_conflict(pair: Pair) -> None:
     second = a.send("backup").ok()["cursor"]
     assert a.send("backup", cursor=first).code == "conflict"
     assert a.send("backup", cursor=second).code == "ok"
+
+
+def test_session_is_not_ended_while_its_client_may_wait_to_be_heard(pair: Pair) -> None:
+    """Where the daemon is behind with those who connected, who lost its connection may be among them: its locks stay
+    until the daemon has caught up, and GRACE_S at most."""
+    a, b = pair.session("a"), pair.session("b")
+    a.resolve("arm")
+    pair.core.registrar.is_behind = lambda: True
+    a.drop()
+    pair.wait(RESUME_S + 1.0)
+    assert b.resolve("arm").code == "held"
+    a.resume()
+    a.drop()
+    pair.wait(GRACE_S - 0.1)
+    assert b.resolve("arm").code == "held"
+    pair.wait(0.3)
+    assert b.resolve("arm").code == "ok"
+    pair.core.registrar.is_behind = lambda: False
+    b.drop()
+    pair.wait(RESUME_S)
+    assert pair.session("c").resolve("arm").code == "ok"

@@ -67,3 +67,20 @@ def test_watcher_whose_events_were_trimmed_meanwhile_is_told(pair: Pair) -> None
     pair.core.store.set_meta("compacted", pair.core.store.revision)
     pair.turn()
     assert last.code == "compacted"
+
+
+def test_requests_that_are_repeated_leave_nothing_behind(pair: Pair) -> None:
+    """A watch or a waiting resolve that is sent a thousand times under one number is one request to the daemon: it has
+    one place, one timer and one answer."""
+    holder, a = pair.session("h"), pair.session("a")
+    holder.resolve("arm")
+    now = a.send("watch", after=0).ok()["revision"]
+    timers = pair.core.timers
+    before = len(timers._heap)
+    watches = [a.send("watch", seq=100, after=now, wait_s=5.0) for _ in range(1000)]
+    waits = [a.resolve("arm", seq=101, wait_s=5.0, renew=True) for _ in range(1000)]
+    assert len(timers._heap) <= before + 4
+    pair.session("b").resolve("leg")
+    assert [asked.code for asked in watches if asked.reply] == ["ok"]
+    pair.wait(5.0)
+    assert [asked.code for asked in waits if asked.reply] == ["waiting"]
