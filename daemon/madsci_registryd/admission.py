@@ -89,10 +89,11 @@ class Admission:
             )
             return PermissionDeniedError(message, uid=peer.uid, path=socket)
         who = {"group": f"the group {self.group}, ", "owner": "", "everyone": ""}[self.access]
+        way = "being in that group, or " if self.access == "group" else f"allow_uids = [{peer.uid}], or "
         message = (
             f"you are uid {peer.uid} (groups {_listed({peer.gid} | peer.groups)}), and {socket} lets in {who}"
-            f"uids {_listed({0, self.own_uid} | self.allow_uids)} (access = {self.access}); allow_uids = [{peer.uid}], "
-            f"or another access, in {config} would let you in"
+            f"uids {_listed({0, self.own_uid} | self.allow_uids)} (access = {self.access}); {way}another access, "
+            f"in {config} would let you in"
         )
         return PermissionDeniedError(message, uid=peer.uid, path=socket)
 

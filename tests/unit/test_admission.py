@@ -80,5 +80,7 @@ def test_refusal_says_who_you_are_what_it_is_and_what_would_help() -> None:
     ):
         assert part in str(error)
     assert (error.code, error.uid, error.path) == ("permission_denied", 1001, "/run/madsci/registry.life")
+    by_group = str(dataclasses.replace(OWNER, access="group").refusal(STRANGER, "/s.life", "the settings"))
+    assert "being in that group" in by_group and "allow_uids" not in by_group  # which cannot be with access = group
     unmapped = OWNER.refusal(Credentials(OVERFLOW_ID, 1, frozenset()), "/s.life", "the settings")
     assert "user namespace" in str(unmapped)
