@@ -116,10 +116,10 @@ class App:
         self._note(**({grace: boot} if grace else {}))
         self._watch_signals()  # first: whoever finds us listening may tell us to stop
         self.server.bind()
+        if not self._is_autostarted:  # before the first client can come in
+            self.supervisor.leave_word(self.places.kept, in_container=in_container())
         self.lifelines.reception.bind()
         self._watch_world(grace is not None)
-        if not self._is_autostarted:
-            self.supervisor.leave_word(self.places.kept, in_container=in_container())
         self.supervisor.ready(f"serving {self.places.registry}")
         where = self.places.registry, self.places.socket, self.core.epoch
         log.info("serving registry=%s socket=%s epoch=%d", *where, extra=messages.STARTED(version=VERSION))
