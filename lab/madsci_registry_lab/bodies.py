@@ -73,7 +73,7 @@ Metadata = Annotated[dict[str, Any], Field(description=f"JSON, at most {METADATA
 class Body(BaseModel):
     """A request: unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class Lockwish(Body):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Awaitable
 
 from starlette.concurrency import run_in_threadpool
 
@@ -25,14 +26,22 @@ class Feed:
         """How many requests wait."""
         return len(self._waiting)
 
-    async def changes(self, cursor: str | None, limit: int, wait_s: float) -> Page:
+    async def changes(self, cursor: str | None, limit: int, wait_s: float, gone: Awaitable[object]) -> Page:
         """Return the changes after `cursor`; where there are none, wait for some for `wait_s` at most.
+
+        Args:
+            cursor: see LabStore.
+            limit: at most so many.
+            wait_s: 0: do not wait.
+            gone: is done when nobody waits for the answer any more.
 
         Raises:
             CompactedError, InvalidError: as the store's.
         """
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
         until = loop.time() + wait_s
+        left_alone = asyncio.ensure_future(gone)
+        left_alone.add_done_callback(lambda _: woken.set())
         with self._guard:
             self._waiting.add((loop, woken))
         try:
@@ -40,13 +49,14 @@ class Feed:
                 woken.clear()  # before the look: a change that comes after it is not slept through
                 page = await run_in_threadpool(self._store.changes, cursor, limit)
                 left = until - loop.time()
-                if page.events or cursor is None or left <= 0 or self._over:
+                if page.events or cursor is None or left <= 0 or self._over or left_alone.done():
                     return page
                 try:
                     await asyncio.wait_for(woken.wait(), left)
                 except (TimeoutError, asyncio.TimeoutError):
                     return page
         finally:
+            left_alone.cancel()
             with self._guard:
                 self._waiting.discard((loop, woken))
 

@@ -3,6 +3,10 @@
 It is a class of routes, so that a router that is mounted in another program has it too. Each answer of such a route
 says by a header that it comes from a lab registry: a 404 without it means nothing. A refusal is a RegistryError, whose
 `code` a program reads and whose `detail` (FastAPI's word) a person does.
+
+Without tokens the loopback address is what keeps strangers out. A page of the Web in a browser on this host is one: it
+may send any request to 127.0.0.1 that needs no question beforehand (so none with a body of JSON), and reads answers
+where its own name leads here (so the Host that it asks for is not ours).
 """
 
 from __future__ import annotations
@@ -11,16 +15,20 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
+from urllib.parse import urlsplit
 
-from fastapi import Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Message, Receive
 
 from madsci_registry.errors import InternalError, InvalidError, PermissionDeniedError, RegistryError
-from madsci_registry_lab.tokens import Tokens, token_in
+from madsci_registry_lab.settings import is_loopback
+from madsci_registry_lab.tokens import TokenFile, token_in
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +48,35 @@ STATUS = {
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
+class Refusal(BaseModel):
+    """What an error is answered with; its facts are further fields."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    detail: str
+    """For people."""
+    code: str
+    """For programs."""
+
+
 class Gate:
     """The gate of one lab registry. Used by one event loop."""
 
-    def __init__(self, tokens: Tokens | None) -> None:
+    def __init__(self, tokens: TokenFile | None) -> None:
         """`tokens` None: whoever reaches it may all, under any host's name."""
         self._tokens = tokens
+        self.only_loopback = False
+        """Let nobody in who asks for another host than this one by a loopback address."""
         self.answers: Counter[tuple[str, str, str]] = Counter()
         """How many answers there were, by method, route and status."""
 
-    def route_class(self) -> type[APIRoute]:
-        """Return the class of routes that this gate guards."""
+    def router(self, prefix: str = "") -> APIRouter:
+        """Return a router whose routes this gate guards, and OpenAPI tells so."""
+        bearer = [] if self._tokens is None else [Depends(HTTPBearer(auto_error=False))]
+        refusals: dict[int | str, dict[str, Any]] = {"4XX": {"model": Refusal}, "5XX": {"model": Refusal}}
+        return APIRouter(prefix=prefix, route_class=self._route_class(), responses=refusals, dependencies=bearer)
+
+    def _route_class(self) -> type[APIRoute]:
         gate = self
 
         class Guarded(APIRoute):
@@ -67,6 +93,7 @@ class Gate:
     async def answer(self, request: Request, handler: Handler, route: APIRoute) -> Response:
         """Let a request through, or not, and mark the answer."""
         try:
+            self._refuse_pages(request)
             request.state.host = None if "open" in route.tags else self._host(request)
             response = await handler(Request(request.scope, _limited(request)))
         except RegistryError as error:
@@ -83,6 +110,15 @@ class Gate:
         response.headers[MARK] = MARK_VALUE
         self.answers[request.method, route.path, str(response.status_code)] += 1
         return response
+
+    def _refuse_pages(self, request: Request) -> None:
+        """Raises PermissionDeniedError, InvalidError: a page of the Web may have sent it."""
+        if self.only_loopback and not is_loopback(_name_in(request.headers.get("host", ""))):
+            reason = "this lab has no tokens, and is asked by a loopback address or as localhost only"
+            raise PermissionDeniedError(f"Host: {reason}")
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if request.method == "POST" and kind != "application/json":
+            raise InvalidError("Content-Type: must be application/json", field="Content-Type", reason="must be JSON")
 
     def _host(self, request: Request) -> str | None:
         if self._tokens is None:
@@ -109,6 +145,14 @@ def sender(request: Request, host: str) -> str:
 def refusal(error: RegistryError) -> JSONResponse:
     """Return the answer that an error is."""
     return JSONResponse({"detail": error.message, **error.to_wire()}, STATUS[error.code])
+
+
+def _name_in(host: str) -> str:
+    """Return the name or address in a Host header, without its port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _invalid(error: RequestValidationError) -> InvalidError:

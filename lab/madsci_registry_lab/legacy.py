@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any
 from urllib.parse import quote, unquote_to_bytes
 
 from fastapi import APIRouter, Body, Request
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from madsci_registry.errors import ConflictError, InvalidError, NotFoundError
+from madsci_registry.errors import ConflictError, InvalidError, NotFoundError, RegistryError, SessionRequiredError
 from madsci_registry.names import check_metadata, check_name
 from madsci_registry.types import ComponentType
 from madsci_registry_lab.bodies import check_id, check_text
@@ -33,7 +34,7 @@ class _Sent(BaseModel):
 
 
 class LegacyEntry(_Sent):
-    """A name with its ULID, and who holds it."""
+    """Take in a name with its ULID; with `acquire_lock`, lock it too."""
 
     id: Annotated[str, AfterValidator(check_id)]
     component_type: ComponentType
@@ -45,7 +46,7 @@ class LegacyEntry(_Sent):
 
 
 class LegacyLock(_Sent):
-    """Who wants to hold a name."""
+    """Lock a name."""
 
     holder_host: _WORD | None = None
     holder_pid: int | None = None
@@ -53,7 +54,7 @@ class LegacyLock(_Sent):
 
 
 class LegacyUnlock(_Sent):
-    """Who held a name."""
+    """Give a lock back."""
 
     holder_instance: _WORD
 
@@ -64,13 +65,20 @@ class Legacy:
     def __init__(self, store: LabStore, now: Callable[[], str]) -> None:
         self._store, self._now = store, now
         self._guard = threading.Lock()
-        """One session for requests of an instance that come at once."""
+        """An instance has one session, which ends with its last lock: requests about locks come one after the other."""
 
     def add_to(self, router: APIRouter) -> None:
         """Add the routes to a router."""
         router.add_api_route("/resolve/{name:path}", self.resolve, methods=["GET"])
-        for route in ("/entries/{name:path}/lock", "/entries/{name:path}/unlock", "/entries/{name:path}"):
-            router.add_api_route(route, self.entry, methods=["POST"])
+        for verb, body in (("/lock", LegacyLock), ("/unlock", LegacyUnlock), ("", LegacyEntry)):
+            schema = {"content": {"application/json": {"schema": body.model_json_schema()}}}
+            router.add_api_route(
+                f"/entries/{{name:path}}{verb}",
+                self.entry,
+                methods=["POST"],
+                description=body.__doc__,
+                openapi_extra={"requestBody": schema},
+            )
 
     def resolve(self, request: Request, name: str) -> dict[str, Any]:
         """Tell the ULID of a name."""
@@ -79,8 +87,7 @@ class Legacy:
         return {"id": entry.id, "name": entry.name, "component_type": entry.component_type}
 
     def entry(self, request: Request, name: str, body: Annotated[dict[str, Any], Body()]) -> dict[str, Any]:
-        """Take in a name (id, component_type, metadata, acquire_lock, lock_holder_host, lock_holder_pid,
-        lock_holder_instance), lock it (holder_host, holder_pid, holder_instance) or unlock it (holder_instance)."""
+        """Take in a name, lock it or unlock it: which of these, the path as it was sent says."""
         host: str | None = request.state.host
         sent, *verb = _segments(request, "entries", 2)
         if not verb:
@@ -124,30 +131,38 @@ class Legacy:
             return None
 
     def _lock(self, host: str | None, name: str, wanted: LegacyLock) -> dict[str, Any]:
-        instance = wanted.holder_instance
+        instance, holder = wanted.holder_instance, wanted.model_dump()
         with self._guard:
+            id = self._store.find(name=name).id
             session = self._session(host, instance)
             if session is None:
                 label = f"{wanted.holder_host or 'a host'} pid {wanted.holder_pid or 'unknown'}"
                 session = self._store.register(_owner(host, instance), instance, LEASE_S, label)
-        holder = wanted.model_dump()
-        lock = self._store.acquire(session.host, session.id, name, Want(holder=holder))
-        return {"id": self._store.find(name=name).id, "acquired_at": lock.since, **holder}
+            (lock,) = self._store.acquire(session.host, session.id, [(name, Want(holder=holder))])
+            if isinstance(lock, RegistryError):
+                self._end_without_locks(session)
+                raise lock
+        return {"id": id, "acquired_at": lock.since, **holder}
 
     def _unlock(self, host: str | None, name: str, instance: str) -> bool:
-        session = self._session(host, instance)
-        if session is None:
-            return False
-        released = self._store.release(session.host, session.id, name, None)
+        with self._guard:
+            session = self._session(host, instance)
+            if session is None:
+                return False
+            released = self._store.release(session.host, session.id, {name: None})
+            self._end_without_locks(session)
+        return bool(released)
+
+    def _end_without_locks(self, session: Session) -> None:
         if not self._store.locks(session.id):
             self._store.end(session.host, session.id)
-        return released
 
     def _session(self, host: str | None, instance: str) -> Session | None:
         """Return the living session of an instance, and begin its lease anew."""
         for session in self._store.sessions():
             if session.host == _owner(host, instance):
-                return self._store.keep(session.host, session.id, session.boot)
+                with suppress(SessionRequiredError):  # it has just ended
+                    return self._store.keep(session.host, session.id, session.boot)
         return None
 
 
@@ -164,8 +179,9 @@ def _segments(request: Request, route: str, most: int) -> list[str]:
     """
     raw: bytes | None = request.scope.get("raw_path")
     sent = raw.decode("latin-1") if raw else quote(request.scope["path"])
-    found = sent.split("?")[0].split(f"/registry/{route}/", 1)[1].split("/")
-    if len(found) > most:
+    _, here, rest = sent.partition("?")[0].partition(f"/registry/{route}/")
+    found = rest.split("/")
+    if not here or len(found) > most:  # the route itself was encoded: nobody needs that
         raise _no_segment()
     try:
         return [unquote_to_bytes(segment).decode() for segment in found]

@@ -10,8 +10,9 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Response
 
-from madsci_registry.errors import RegistryError, UnavailableError
+from madsci_registry.errors import RegistryError
 from madsci_registry_lab.clock import Clock, SystemClock, iso
+from madsci_registry_lab.etcd_access import NO_FILES, EtcdFiles, parse
 from madsci_registry_lab.faults import BAD_CONFIGURATION, Fault
 from madsci_registry_lab.feed import Feed
 from madsci_registry_lab.gate import Gate
@@ -20,7 +21,7 @@ from madsci_registry_lab.metrics import CONTENT_TYPE, Metrics
 from madsci_registry_lab.routes import LEASE_S, add_routes
 from madsci_registry_lab.sqlite_store import SqliteStore
 from madsci_registry_lab.store import LabStore
-from madsci_registry_lab.tokens import read_tokens
+from madsci_registry_lab.tokens import TokenFile
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +35,20 @@ class LabRegistry:
     """What serves a lab: `router` goes into any FastAPI application, of one process. `close` ends it."""
 
     def __init__(
-        self, store: str = "sqlite:.madsci/lab.db", *, token_file: Path | str | None = None, clock: Clock | None = None
+        self,
+        store: str = "sqlite:.madsci/lab.db",
+        *,
+        etcd: EtcdFiles = NO_FILES,
+        token_file: Path | str | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """Open the store and begin to serve.
 
         Args:
-            store: `sqlite:PATH`; the folder is made.
-            token_file: lines `host token`; None: whoever reaches the application may do all.
+            store: `sqlite:PATH`, whose folder is made, or `etcd://HOST:PORT,HOST:PORT,...`.
+            etcd: what etcd asks for.
+            token_file: lines `host token`, read again when it changes; None: whoever reaches the application may do
+                all.
             clock: for tests.
 
         Raises:
@@ -48,23 +56,27 @@ class LabRegistry:
         """
         self._clock = clock or SystemClock()
         self.version = version("madsci-registryd")
-        tokens = read_tokens(Path(token_file)) if token_file is not None else None
-        self.store: LabStore = open_store(store, self._clock)
+        self._tokens = TokenFile(Path(token_file)) if token_file is not None else None
+        self.store: LabStore = open_store(store, self._clock, etcd)
         self.failed = ""
         """Why the store answers no more, for good or until a new start; empty: it does."""
         self.feed = Feed(self.store)
-        self._gate = Gate(tokens)
+        self._gate = Gate(self._tokens)
         self._metrics = Metrics(self.store, self.feed, self._gate, self.version)
         self.router = self._make_router()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="lab-leases", daemon=True)
         self._thread.start()
 
-    def app(self) -> FastAPI:
-        """Return an application of the router alone, with `/health` and `/metrics` as MADSci's managers have them."""
+    def app(self, *, only_loopback: bool = False) -> FastAPI:
+        """Return an application of the router alone, with `/health` and `/metrics` as MADSci's managers have them.
+
+        `only_loopback`: it has no tokens, and listens on loopback addresses for that reason.
+        """
+        self._gate.only_loopback = only_loopback
         app = FastAPI(title="MADSci lab registry", version=self.version)
         app.include_router(self.router)
-        outer = APIRouter(route_class=self._gate.route_class())
+        outer = self._gate.router()
         outer.add_api_route("/health", self.health, methods=["GET"], tags=["open"])
         outer.add_api_route("/metrics", self.metrics, methods=["GET"], response_class=Response)
         app.include_router(outer)
@@ -79,6 +91,8 @@ class LabRegistry:
 
     def health(self) -> dict[str, Any]:
         """Say whether all is well, in the shape of MADSci's ManagerHealth."""
+        if self.failed:
+            return {"healthy": False, "description": self.failed, "version": self.version}
         try:
             about = self.store.about()
         except RegistryError as error:
@@ -100,7 +114,7 @@ class LabRegistry:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     def _make_router(self) -> APIRouter:
-        router = APIRouter(prefix="/registry", route_class=self._gate.route_class())
+        router = self._gate.router("/registry")
         router.add_api_route("/health", self.identify, methods=["GET"], tags=["open"])
         router.add_api_route("/metrics", self.metrics, methods=["GET"], response_class=Response)
         add_routes(router, self.store, self.feed, self._now)
@@ -114,19 +128,28 @@ class LabRegistry:
         trouble = ""
         while not self._over.wait(LOOK_S):
             try:
+                if self._tokens is not None:
+                    self._tokens.look()
                 self.store.expire()
                 trouble = ""
             except RegistryError as error:  # hosts keep their leases meanwhile
                 if error.message != trouble:
                     log.error("silent hosts cannot be looked for: %s", error.message)  # noqa: TRY400 - no fault of ours
                 trouble = error.message
-                if isinstance(error, UnavailableError):
-                    self.failed = error.message
+            except Exception as error:
+                log.exception("silent hosts are not looked for any more")
+                self.failed = f"a fault: {error!r}"
+                return
+            self.failed = self.store.broken
 
 
-def open_store(url: str, clock: Clock) -> LabStore:
+def open_store(url: str, clock: Clock, etcd: EtcdFiles = NO_FILES) -> LabStore:
     """Open the store that a setting names. Raises Fault."""
     kind, _, rest = url.partition(":")
+    if kind == "etcd":
+        from madsci_registry_lab.etcd_store import EtcdStore  # with what it needs, only where it is used
+
+        return EtcdStore(parse(url, etcd), clock)
     if kind != "sqlite" or not rest:
-        raise Fault(BAD_CONFIGURATION, f"store: must be sqlite:PATH (it is {url!r})")
+        raise Fault(BAD_CONFIGURATION, f"store: must be sqlite:PATH or etcd://HOST:PORT,... (it is {url!r})")
     return SqliteStore(Path(rest), clock)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, HTTPException, Query, Request
 
 from madsci_registry.errors import InvalidError, RegistryError
 from madsci_registry.names import check_metadata
@@ -16,7 +17,7 @@ from madsci_registry_lab import bodies as b
 from madsci_registry_lab import views
 from madsci_registry_lab.feed import Feed
 from madsci_registry_lab.gate import sender
-from madsci_registry_lab.store import Change, LabStore, State
+from madsci_registry_lab.store import Change, LabStore, Lock, State
 
 PAGE_BYTES = 512 * 1024
 """An answer of our own client's lab has at most 1 MiB."""
@@ -72,8 +73,8 @@ def _identities(router: APIRouter, store: LabStore, now: Callable[[], str]) -> N
     def history(body: b.History) -> dict[str, Any]:
         """Tell the changes of a name and of its component, under whatever name."""
         found = store.history(body.name, body.after, body.limit)
-        more = found[-1].revision if len(found) == body.limit else None
-        return {"events": [views.event(e) for e in found], "after": more}
+        page, more = _page([(e, views.event(e)) for e in found], body.limit)
+        return {"events": [view for _, view in page], "after": page[-1][0].revision if more else None}
 
 
 def _conflicts(router: APIRouter, store: LabStore) -> None:
@@ -154,19 +155,18 @@ def _locks(router: APIRouter, store: LabStore) -> None:
     @router.post("/lock")
     def lock(request: Request, body: b.Locks) -> dict[str, Any]:
         """Lock several names of the lab; each has a lock or an error of its own."""
-        host, done = sender(request, body.host), []
-        for wish in body.locks:
-            try:
-                done.append(views.lock(store.acquire(host, body.session, wish.name, wish.want())))
-            except RegistryError as error:
-                done.append({"name": wish.name, "error": error.to_wire()})
-        return {"locks": done}
+        wants = [(wish.name, wish.want()) for wish in body.locks]
+        done = store.acquire(sender(request, body.host), body.session, wants)
+        return {"locks": [_lock_or_error(name, lock) for (name, _), lock in zip(wants, done, strict=True)]}
 
     @router.post("/release")
     def release(request: Request, body: b.Release) -> dict[str, Any]:
         """Give back locks, each by its term; one that is not so any more stays as it is."""
-        host = sender(request, body.host)
-        return {"released": [n for n, term in body.locks.items() if store.release(host, body.session, n, term)]}
+        return {"released": store.release(sender(request, body.host), body.session, body.locks)}
+
+
+def _lock_or_error(name: str, lock: Lock | RegistryError) -> dict[str, Any]:
+    return {"name": name, "error": lock.to_wire()} if isinstance(lock, RegistryError) else views.lock(lock)
 
 
 def _changes(router: APIRouter, store: LabStore, feed: Feed) -> None:
@@ -189,12 +189,22 @@ def _changes(router: APIRouter, store: LabStore, feed: Feed) -> None:
 
     @router.get("/changes")
     async def changes(
+        request: Request,
         cursor: Annotated[str | None, Query(max_length=40)] = None,
         limit: Annotated[int, Query(ge=1, le=b.PAGE_MAX)] = 200,
         wait_s: Annotated[float, Query(ge=0, le=b.WAIT_MAX_S)] = 0.0,
     ) -> dict[str, Any]:
         """Tell all changes after a cursor, waiting for some where there are none; without one, from now on."""
-        return views.page(await feed.changes(cursor, limit, wait_s))
+        found = await feed.changes(cursor, limit, wait_s, _gone(request))
+        fitting, _ = _page([(e, views.event(e)) for e in found.events], limit)
+        return views.page(found.first(len(fitting)) if len(fitting) < len(found.events) else found)
+
+
+async def _gone(request: Request) -> None:
+    """Return when the client has closed its connection, or has sent too much."""
+    with suppress(HTTPException):
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
 
 
 def _sort(components: list[tuple[int, b.Component]]) -> tuple[list[Change], list[dict[str, Any]]]:
@@ -205,9 +215,14 @@ def _sort(components: list[tuple[int, b.Component]]) -> tuple[list[Change], list
         try:
             fit.append(Change(revision, component.state()))
         except RegistryError as error:
-            name = component.name.encode("utf-8", "backslashreplace").decode()
-            unfit.append({"name": name, "id": component.id, "reason": "invalid", "why": error.message})
+            said = {"name": _shown(component.name), "id": _shown(component.id)}
+            unfit.append({**said, "reason": "invalid", "why": error.message})
     return fit, unfit
+
+
+def _shown(text: str) -> str:
+    """Return what may not even be text, as text of a bearable length."""
+    return text.encode("utf-8", "backslashreplace").decode()[: b.TEXT_MAX_BYTES]
 
 
 def _with_invalid(answer: dict[str, Any], unfit: list[dict[str, Any]]) -> dict[str, Any]:

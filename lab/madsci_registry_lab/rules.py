@@ -10,7 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from madsci_registry.errors import ConflictError
-from madsci_registry_lab.store import TERM_LIMIT, Entry, GivenAwayError, HeldInLabError, Lock, Reason, State, Want
+from madsci_registry_lab.store import (
+    TERM_LIMIT,
+    Entry,
+    GivenAwayError,
+    HeldInLabError,
+    Lock,
+    Mark,
+    OutOfOrderError,
+    Reason,
+    State,
+    Want,
+)
 
 
 @dataclass(frozen=True)
@@ -110,9 +121,61 @@ def moved_term(name: str, lock: Lock, last: int) -> int:
     return lock.term if lock.term > last else next_term(name, last, 0)
 
 
+def as_of(given: State, now: str) -> State:
+    """Return a word as it is kept: what it says was changed in the future, it says now. (It is judged as it came.)"""
+    return replace(given, changed_at=min(given.changed_at, now))
+
+
 def updated(entry: Entry, given: State, host: str) -> Entry:
     """Return the entry with what a state says of it."""
     later = max(entry.changed_at, given.changed_at)
     return replace(
         entry, name=given.name, retired=given.retired, metadata=given.metadata, changed_at=later, host=host
     )  # fmt: skip
+
+
+def fresh(state: State, host: str) -> Entry:
+    """Return the entry that a state makes of a new name."""
+    return Entry(
+        name=state.name,
+        id=state.id,
+        component_type=state.component_type,
+        retired=state.retired,
+        metadata=state.metadata,
+        created_at=state.created_at,
+        changed_at=state.changed_at,
+        host=host,
+        term=0,
+    )
+
+
+def state_of(entry: Entry) -> State:
+    """Return an entry as what its host said last."""
+    return State(
+        id=entry.id,
+        name=entry.name,
+        component_type=entry.component_type,
+        retired=entry.retired,
+        metadata=entry.metadata,
+        created_at=entry.created_at,
+        changed_at=entry.changed_at,
+    )
+
+
+def kind_of(before: Entry, after: Entry) -> str:
+    """Name the change between two states of an entry that keeps its name."""
+    if before.retired != after.retired:
+        return "retired" if after.retired else "revived"
+    return "metadata"
+
+
+def check_order(mark: Mark | None, epoch: int, after: int) -> None:
+    """Raise OutOfOrderError where changes after that revision do not follow on what the lab has of their host."""
+    has = f"has revision {mark.revision} of epoch {mark.epoch}" if mark else "has nothing"
+    if mark is None and after == 0 or mark is not None and mark.epoch == epoch and after <= mark.revision:
+        return
+    raise OutOfOrderError(
+        f"changes after revision {after} of epoch {epoch} do not follow: the lab {has} of this host",
+        epoch=mark.epoch if mark else None,
+        revision=mark.revision if mark else None,
+    )

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from madsci_registry_lab.etcd_access import EtcdFiles
 from madsci_registry_lab.faults import BAD_CONFIGURATION, Fault
 
 if sys.version_info >= (3, 11):
@@ -33,7 +34,17 @@ class Settings(BaseModel):
     listen: str = "127.0.0.1:8010"
     """Where it serves: HOST:PORT. Without tokens, HOST must be a loopback address."""
     store: str = "sqlite:.madsci/lab.db"
-    """Where it keeps everything: sqlite:PATH."""
+    """Where it keeps everything: sqlite:PATH, or etcd://HOST:PORT,HOST:PORT,... of its members."""
+    etcd_ca: Path | None = None
+    """The authority (PEM) of etcd's certificates: speak TLS with it."""
+    etcd_cert: Path | None = None
+    """A certificate (PEM) that etcd is shown."""
+    etcd_key: Path | None = None
+    """That certificate's key."""
+    etcd_user: str | None = None
+    """The user of etcd."""
+    etcd_password_file: Path | None = None
+    """A file that holds that user's password."""
     token_file: Path | None = None
     """A file of lines `host token`, one for each host."""
     tls_cert: Path | None = None
@@ -41,6 +52,10 @@ class Settings(BaseModel):
     tls_key: Path | None = None
     """The certificate's key."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def etcd(self) -> EtcdFiles:
+        return EtcdFiles(self.etcd_ca, self.etcd_cert, self.etcd_key, self.etcd_user, self.etcd_password_file)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -56,7 +71,7 @@ class Settings(BaseModel):
     def _fits(self) -> Settings:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key: one is of no use without the other")
-        if self.token_file is None and not _is_loopback(self.address[0]):
+        if self.token_file is None and not is_loopback(self.address[0]):
             raise ValueError(
                 f"listen: {self.listen} may be reached from other hosts, and without token_file whoever reaches it may "
                 "do all; listen on 127.0.0.1, or give each host a token"
@@ -95,7 +110,8 @@ def _address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Tell whether only this host itself is reached by that name or address."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

@@ -3,11 +3,15 @@
 One connection for all threads, under one lock, and the file locked exclusively: a second lab on it does not start. A
 commit is synced (`synchronous=FULL`) before its answer. A full disk is a definite no. After any other error of the disk
 nobody knows what was written: nothing more is answered until a new start has read the file again.
+
+What a lab that was killed has committed last is in FILE-wal beside it. If FILE is then set back to a backup, and the
+other one stays, SQLite reads both as one file, which is neither. So after such an end the whole file is checked first.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,8 +21,8 @@ from typing import Any
 
 import apsw
 
-from madsci_registry.errors import NoSpaceError, UnavailableError
-from madsci_registry_lab.faults import BAD_CONFIGURATION, CANNOT_CREATE, DAMAGED, DISK_FULL, IN_USE, Fault
+from madsci_registry.errors import NoSpaceError, RegistryError, UnavailableError
+from madsci_registry_lab.faults import BAD_CONFIGURATION, CANNOT_CREATE, DAMAGED, DISK_FULL, IN_USE, IO_ERROR, Fault
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +47,8 @@ class Database:
         if apsw.SQLITE_VERSION_NUMBER < OLDEST_SQLITE:
             raise Fault(BAD_CONFIGURATION, f"SQLite {apsw.sqlite_lib_version()} is too old")
         self.path = path
+        self._wal = path.with_name(f"{path.name}-wal")
+        self._pid = os.getpid()
         self.broken = ""
         """What the disk said when it failed; empty: all is well."""
         self._guard = threading.RLock()
@@ -55,13 +61,16 @@ class Database:
                 self._db.close()
                 raise
             path.chmod(0o600)
+            with suppress(FileNotFoundError):
+                self._wal.chmod(0o600)
         except OSError as error:
             raise Fault(CANNOT_CREATE, f"{error.filename}: {error.strerror}") from None
         except apsw.Error as error:
             raise _fault(error, path) from None
 
     def _set_up(self) -> None:
-        db = self._db
+        db, was_killed = self._db, self._wal.exists() and self._wal.stat().st_size > 0
+        db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, was_killed)  # whoever is refused leaves both files as they are
         db.set_busy_timeout(0)  # nobody else may have it open: waiting would only hide that
         db.pragma("locking_mode", "exclusive")
         empty = db.execute("SELECT count(*) FROM sqlite_schema").fetchone() == (0,)
@@ -72,6 +81,11 @@ class Database:
             raise Fault(
                 DAMAGED, f"{self.path} has schema {found[1]}, this program knows {VERSION}: it was left as it is"
             )
+        if was_killed:
+            for said in (*db.execute("PRAGMA integrity_check(1)"), *db.execute("PRAGMA foreign_key_check")):
+                if said != ("ok",):
+                    raise apsw.CorruptError(said[0])
+            db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, False)
         for name, value in (
             ("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1), ("trusted_schema", 0),
             ("cell_size_check", 1), ("temp_store", 2),
@@ -101,8 +115,11 @@ class Database:
 
         Raises:
             NoSpaceError: the disk is full; nothing changed.
-            UnavailableError: the disk failed, now or before; whether anything changed is known to the next start.
+            UnavailableError: the disk failed, now or before; whether anything changed is known to the next start. Or
+                this is a forked child, which has the file open and none of its locks.
         """
+        if os.getpid() != self._pid:
+            raise UnavailableError(f"the lab's store is open in process {self._pid}: a lab is one process")
         with self._guard:
             if self.broken:
                 raise UnavailableError(f"the lab's store has failed: {self.broken}", path=str(self.path))
@@ -124,9 +141,20 @@ class Database:
 
     def close(self) -> None:
         """Close the file. Nothing may be done with it any more."""
+        if os.getpid() != self._pid:
+            return
         with self._guard, suppress(apsw.Error):
             self.broken = self.broken or "it is closed"
             self._db.close()
+
+
+def fault_at_start(error: RegistryError, path: Path) -> Fault:
+    """Return why a file that could be opened cannot be used."""
+    if isinstance(error, NoSpaceError):
+        return Fault(DISK_FULL, error.message)
+    if isinstance(error.__cause__, (apsw.NotADBError, apsw.CorruptError)):
+        return _fault(error.__cause__, path)
+    return Fault(IO_ERROR, error.message)
 
 
 def _fault(error: apsw.Error, path: Path) -> Fault:
@@ -135,5 +163,7 @@ def _fault(error: apsw.Error, path: Path) -> Fault:
     if isinstance(error, apsw.FullError):
         return Fault(DISK_FULL, f"no space left for {path}")
     if isinstance(error, (apsw.NotADBError, apsw.CorruptError)):
-        return Fault(DAMAGED, f"{path} is damaged, or no database of ours: {error}")
+        wal = f"{path}-wal"
+        hint = f"; if it is a backup, {wal} is not its own: remove that, and start again" if Path(wal).exists() else ""
+        return Fault(DAMAGED, f"{path} is damaged, or no database of ours{hint}: {error}")
     return Fault(CANNOT_CREATE, f"{path} cannot be opened for writing: {error}")

@@ -7,20 +7,19 @@ file knows its epoch, and that epoch has come as far: after a restore of an olde
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 from madsci_registry.errors import CompactedError, InvalidError
 from madsci_registry_lab import sqlite_rows as rows
 from madsci_registry_lab.clock import Clock, iso
 from madsci_registry_lab.sqlite_database import Database
-from madsci_registry_lab.store import Event, Page
+from madsci_registry_lab.store import LASTING, Event, Page
 
 KEPT_EVENTS = 1_000_000
 """Events of locks and hosts that are older than so many revisions are trimmed, as the daemon does."""
 TRIM_EVENTS = 1000
 """At most so many at a time."""
-LASTING = frozenset({"created", "renamed", "retired", "revived", "metadata", "conflict", "merged"})
-"""Of identities: kept for ever."""
 
 
 class Journal:
@@ -32,8 +31,9 @@ class Journal:
         self.revision = self._last()
         """Of the last event written, or tried: a rollback leaves a gap. Readers ask the file: what was not committed is
         never in a cursor."""
-        last = self._one("SELECT coalesce(max(epoch), 0) FROM epochs")
-        self.epoch: int = max(last + 1, int(clock.wall()))
+        last, now = int(self._one("SELECT coalesce(max(epoch), 0) FROM epochs")), int(clock.wall())
+        # Where no clock tells it, a store that was set back shall not come to an epoch that it had.
+        self.epoch = now if now > last else last + random.randint(1, 100)
         self._run("INSERT INTO epochs VALUES (?, ?)", (self.epoch, self.revision + 1))
 
     def add(self, kind: str, name: str | None, id: str | None, host: str | None, **why: Any) -> None:

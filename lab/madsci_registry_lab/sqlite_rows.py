@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from madsci_registry_lab.store import Entry, Event, Lock, Session, State
+from madsci_registry_lab.store import Entry, Event, Lock, Session
 
 ENTRY = """
     SELECT n.name, n.id, n.component_type, n.retired, n.metadata, n.created_at, n.changed_at, n.host, n.term,
@@ -18,41 +18,6 @@ SESSION = """
     SELECT id, host, boot, lease_s, started_at, label, (SELECT count(*) FROM locks WHERE session = sessions.id)
       FROM sessions WHERE """
 EVENT = "SELECT revision, at, kind, name, id, host, why FROM events WHERE "
-
-
-def fresh(state: State, host: str) -> Entry:
-    """Return the entry that a state makes of a new name."""
-    return Entry(
-        name=state.name,
-        id=state.id,
-        component_type=state.component_type,
-        retired=state.retired,
-        metadata=state.metadata,
-        created_at=state.created_at,
-        changed_at=state.changed_at,
-        host=host,
-        term=0,
-    )
-
-
-def state_of(entry: Entry) -> State:
-    """Return an entry as what its host said last."""
-    return State(
-        id=entry.id,
-        name=entry.name,
-        component_type=entry.component_type,
-        retired=entry.retired,
-        metadata=entry.metadata,
-        created_at=entry.created_at,
-        changed_at=entry.changed_at,
-    )
-
-
-def kind_of(before: Entry, after: Entry) -> str:
-    """Name the change between two states of an entry that keeps its name."""
-    if before.retired != after.retired:
-        return "retired" if after.retired else "revived"
-    return "metadata"
 
 
 def lock(name: str, term: int, host: str, session: str, since: str, holder: str) -> Lock:

@@ -8,10 +8,11 @@ Rules that every store keeps (tests/unit/test_lab_store.py is run over each of t
 - A *host* owns locks, through a *session* that it keeps alive. A lock is held as long as its row and its session exist.
   Sessions end by `end`, by a newer one of the same host, or silent for longer than their lease (`expire`).
 - The *term* of a name only grows, over all hosts, sessions, restarts and renames: a lock that goes to another session
-  has max(the name's last term, the host's proposal) + 1. Only a host that goes on with the very term that it was given
-  last keeps it.
-- Each change has a revision, in the order of its effect, and is in the feed; `cursor` is where the feed goes on. A
-  store that was set back (restored from a backup) knows no cursor that is newer than it.
+  has max(the name's last term, the host's proposal, the epoch) + 1. Only a host that goes on with the very term that it
+  was given last keeps it. The *epoch* grows with each start and is no lower than the seconds since 1970: so what a
+  store gives after it was set back (restored from a backup) is above what it had given before, and forgotten.
+- Each change has a revision, in the order of its effect, and is in the feed; `cursor` is where the feed goes on, as
+  `epoch.revision`. A store that was set back knows no cursor that is newer than it.
 
 Stores are synchronous and thread-safe. Besides what is named, any operation raises UnavailableError (the store does not
 answer; a change may have happened, and may be repeated) and NoSpaceError (nothing changed).
@@ -19,16 +20,19 @@ answer; a change may have happened, and may be repeated) and NoSpaceError (nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from madsci_registry.errors import ConflictError, HeldError, LockLostError
+from madsci_registry.errors import ConflictError, HeldError, LockLostError, RegistryError
 
 TERM_LIMIT = 1 << 33
 """A fencing token is term x 2^20 + n and stays below 2^53."""
 PROPOSAL_LIMIT = TERM_LIMIT - (1 << 20)
 """Whatever a host proposes leaves room for a million hand-overs."""
+
+LASTING = frozenset({"created", "renamed", "retired", "revived", "metadata", "conflict", "merged"})
+"""Events of identities: kept for ever. Those of locks and hosts are trimmed in time."""
 
 Reason = Literal["two_ids", "name_taken", "held", "wrong_type"]
 """two_ids: the name has another ULID here; name_taken: a rename to a name that another component has; held: a rename of
@@ -47,7 +51,8 @@ class State:
     """JSON text, checked."""
     created_at: str
     changed_at: str
-    """When its identity changed last: of two hosts that are synced, the later word stands."""
+    """When its identity changed last: of two hosts that are synced, the later word stands. An instant that has not come
+    yet counts as now."""
     last_seen: str | None = None
 
 
@@ -197,13 +202,18 @@ class Page:
     events: tuple[Event, ...]
     cursor: str
 
+    def first(self, count: int) -> Page:
+        """Return the piece that has the first events alone; `count` is 1 at least."""
+        epoch = self.cursor.partition(".")[0]
+        return Page(self.events[:count], f"{epoch}.{self.events[count - 1].revision}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class About:
     """How a store is."""
 
     epoch: int
-    """Grows with each start, and when the store was set back."""
+    """Grows with each start."""
     cursor: str
     names: int
     locks: int
@@ -237,6 +247,10 @@ class OutOfOrderError(ConflictError):
 
 class LabStore(Protocol):
     """What the lab's routes need of a store."""
+
+    @property
+    def broken(self) -> str:
+        """Why it answers nothing good any more until a new start of the lab; empty: that is not so."""
 
     def about(self) -> About:
         """Say how it is; for health and metrics."""
@@ -324,18 +338,20 @@ class LabStore(Protocol):
     def sessions(self) -> list[Session]:
         """Return the living sessions."""
 
-    def acquire(self, host: str, session: str, name: str, want: Want) -> Lock:
-        """Lock a name that has an entry. A lock that the session has already is answered as it is.
+    def acquire(self, host: str, session: str, wants: Sequence[tuple[str, Want]]) -> list[Lock | RegistryError]:
+        """Lock names that have entries; return for each its lock, or why not. A lock that the session has already is
+        answered as it is.
 
-        Raises (nothing changed):
+        The errors are:
             HeldInLabError: another session holds it.
             GivenAwayError: the host goes on with a term after which there was another.
             NotFoundError: the name has no entry.
             SessionRequiredError: the session has ended.
+            ConflictError: the name has had all its terms.
         """
 
-    def release(self, host: str, session: str, name: str, term: int | None) -> bool:
-        """Give back a lock by its term (None: whatever it is); False: this session has no such lock."""
+    def release(self, host: str, session: str, terms: Mapping[str, int | None]) -> list[str]:
+        """Give back locks by their terms (None: whatever it is); return the names of those that this session had."""
 
     def locks(self, session: str) -> list[Lock]:
         """Return what a session holds."""

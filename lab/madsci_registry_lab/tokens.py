@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 from base64 import b64decode
 from pathlib import Path
 
 from madsci_registry.errors import InvalidError
 from madsci_registry.names import check_name
 from madsci_registry_lab.faults import BAD_CONFIGURATION, Fault
+
+log = logging.getLogger(__name__)
 
 TOKEN_MIN_CHARS = 16
 """64 bits, were they hexadecimal digits: what cannot be guessed over a network."""
@@ -28,6 +31,37 @@ class Tokens:
             if hmac.compare_digest(hashed, given):
                 found = host
         return found
+
+
+class TokenFile:
+    """The tokens of a file, which is read again when it has changed: who is new is let in, who is gone is not.
+
+    Whoever calls `look` now and then, in one thread, has it so. A file that is still being written is left for the next
+    time; one that is no token file is told by the log, and what was before goes on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read it. Raises Fault."""
+        self._path = path
+        self._seen = self._read = _stamp(path)
+        self._tokens = read_tokens(path)
+
+    def host_of(self, token: str) -> str | None:
+        """Return the host whose token this is; None: nobody's."""
+        return self._tokens.host_of(token)
+
+    def look(self) -> None:
+        """Read the file if it has changed, and has not changed since the last look."""
+        before, self._seen = self._seen, _stamp(self._path)
+        if self._seen == self._read or self._seen != before:
+            return
+        self._read = self._seen
+        try:
+            self._tokens = read_tokens(self._path)
+        except Fault as fault:
+            log.error("%s; the tokens from before go on", fault)  # noqa: TRY400 - no fault of ours
+        else:
+            log.info("token_file: %s has been read again", self._path)
 
 
 def read_tokens(path: Path) -> Tokens:
@@ -72,6 +106,15 @@ def token_in(authorization: str) -> str | None:
         except ValueError:
             return None
     return None
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what changes with a file; nothing where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _hash(token: str) -> bytes:
