@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REGISTRY := $(CURDIR)/.madsci/registry.json
+# Where `make run-lab` serves the lab.
+LAB ?= 127.0.0.1:8010
+LAB_DIR ?= .madsci/lab
 SOURCES := client daemon lab tests bench
 # Where `make install` puts the program: its own virtual environment, never a folder that holds anything else.
 PREFIX ?= /opt/madsci-registryd
@@ -11,11 +14,12 @@ PREFIX ?= /opt/madsci-registryd
 BINDIR ?= /usr/local/bin
 PROGRAMS := registryctl madsci-registryd
 
-.PHONY: help run test check format bench chaos clean check-prefix install uninstall
+.PHONY: help run run-lab test check format bench chaos clean check-prefix install uninstall
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run     start the daemon here, on ./.madsci/registry.json"
+	@echo "make run-lab start a lab's registry and two daemons of it here, in $(LAB_DIR)"
 	@echo "make test    run all tests"
 	@echo "make check   ruff, formatting, mypy, import-linter (what CI does)"
 	@echo "make format  let ruff format and fix"
@@ -39,7 +43,21 @@ run: $(STAMP)
 	@echo "  $(BIN)/registryctl run liquidhandler_1 --type node -- sleep 60"
 	@exec $(BIN)/madsci-registryd --registry '$(REGISTRY)'
 
+# Two hosts on one machine, and their lab. Ctrl-C ends all three.
+run-lab: $(STAMP)
+	@mkdir -p -m 700 '$(LAB_DIR)' && mkdir -p -m 700 '$(LAB_DIR)/host1' '$(LAB_DIR)/host2'
+	@echo "In another terminal (host2 likewise):"
+	@echo "  $(BIN)/registryctl --registry $(LAB_DIR)/host1/registry.json lab status"
+	@echo "  $(BIN)/registryctl --registry $(LAB_DIR)/host1/registry.json run liquidhandler_1 --type node -- sleep 60"
+	@echo "  $(BIN)/registryctl --registry $(LAB_DIR)/host2/registry.json run liquidhandler_1 --type node -- true"
+	@echo "  $(BIN)/registryctl list --lab http://$(LAB)"
+	@trap 'trap - EXIT INT TERM; kill $$pids 2>/dev/null; wait' EXIT INT TERM; \
+	$(BIN)/madsci-registry-lab --listen $(LAB) --store 'sqlite:$(LAB_DIR)/lab.db' & pids=$$!; \
+	for host in host1 host2; do MADSCI_REGISTRYD_LAB_URL=http://$(LAB) $(BIN)/madsci-registryd \
+	--registry '$(LAB_DIR)'/$$host/registry.json & pids="$$pids $$!"; done; wait
+
 test: $(STAMP)
+	-@$(BIN)/python tests/etcd.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not chaos'
 
 check: $(STAMP)
@@ -56,6 +74,7 @@ bench: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python bench/bench.py
 
 chaos: $(STAMP)
+	-@$(BIN)/python tests/etcd.py
 	$(BIN)/python -m pytest -m chaos -s tests/chaos
 
 check-prefix:

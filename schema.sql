@@ -8,6 +8,12 @@ CREATE TABLE meta (
                              -- created_at: when this registry was made
                              -- compacted: up to this revision, lock events may have been trimmed
                              -- exported: up to this revision, identities are as registry.json has them
+                             -- lab_host: what this host is called in the lab
+                             -- lab_epoch: number of this registry's history as the lab is told of it; a copy or a
+                             --     restore begins another one
+                             -- lab_place: where this registry was (boot, path) when lab_host was chosen
+                             -- lab_session: session that the lab has given to this host
+                             -- lab_revision: up to this revision, the lab has what changed
     value ANY NOT NULL
 ) STRICT, WITHOUT ROWID;
 
@@ -18,8 +24,10 @@ CREATE TABLE names (
     renamed_id TEXT REFERENCES components (id)     -- component that had this name until it was renamed away
         DEFERRABLE INITIALLY DEFERRED
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX names_by_renamed_id ON names (renamed_id) WHERE renamed_id IS NOT NULL;
 
--- Every identity that was ever answered. Rows are never deleted, ids never change or move.
+-- Every identity that was ever answered. Rows are never deleted, ids never move to another component. An id changes in
+-- one case: the lab prefers another ULID for the same component; the one that it had stays known, in other_ids.
 CREATE TABLE components (
     id              TEXT PRIMARY KEY,              -- ULID
     name            TEXT NOT NULL UNIQUE REFERENCES names (name),
@@ -33,8 +41,19 @@ CREATE TABLE components (
     created_session TEXT,                          -- session and sequence of the request that made it: a repeat of
     created_seq     INTEGER,                       -- that request is answered is_new as well
     created_uid     INTEGER,                       -- who made it, NULL: before version 3, or an old program
-    last_uid        INTEGER                        -- who made or held it last, as far as that is known
+    last_uid        INTEGER,                       -- who made or held it last, as far as that is known
+    changed_at      TEXT NOT NULL DEFAULT '',      -- when it was made, renamed, retired, revived, or its metadata changed
+    preferred_id    TEXT                           -- ULID that the lab has for the name, taken over when nobody holds it
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX components_by_preferred_id ON components (preferred_id) WHERE preferred_id IS NOT NULL;
+
+-- ULIDs that are a component as well: made here while the lab had another one for the name. Rows are never deleted.
+CREATE TABLE other_ids (
+    id           TEXT PRIMARY KEY,
+    component_id TEXT NOT NULL REFERENCES components (id)
+        DEFERRABLE INITIALLY DEFERRED
+) STRICT, WITHOUT ROWID;
+CREATE INDEX other_ids_by_component ON other_ids (component_id);
 
 -- Client processes that have written something. A row goes when its session ends; what is here at a start is detached.
 CREATE TABLE sessions (
@@ -59,7 +78,9 @@ CREATE TABLE locks (
     instance      TEXT NOT NULL,                   -- which client object of that process
     fencing_token INTEGER NOT NULL,
     acquired_at   TEXT NOT NULL,
-    seq           INTEGER NOT NULL                 -- the request that was granted it: cancel frees exactly that
+    seq           INTEGER NOT NULL,                -- the request that was granted it: cancel frees exactly that
+    lab_term      INTEGER,                         -- the lab's term that it was confirmed with; NULL: it never was
+    first_token   INTEGER                          -- token that it was granted with; NULL: it still has that one
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX locks_by_session ON locks (session_id);
 
@@ -90,3 +111,9 @@ CREATE TABLE events (
 ) STRICT;
 CREATE INDEX events_by_name ON events (name, revision);
 CREATE INDEX events_by_id ON events (id, revision);
+-- Identity events alone, between which a million of locks may lie: for the lab and registry.json.
+CREATE INDEX identity_events ON events (revision)
+    WHERE kind NOT IN ('granted', 'released', 'ended', 'broken', 'refused');
+CREATE INDEX identity_events_by_id ON events (id, revision)
+    WHERE kind NOT IN ('granted', 'released', 'ended', 'broken', 'refused');
+CREATE INDEX retirements_by_id ON events (id, revision) WHERE kind IN ('retired', 'revived');

@@ -1,8 +1,12 @@
-"""The lab registry that a client was given by URL: the routes that MADSci's IdentityResolver documents. The only httpx.
+"""The lab registry that a client was given by URL. The client's only httpx.
+
+An IdentityResolver asks by the routes that MADSci's own documents:
 
     GET  {lab}/registry/resolve/{name}           200 {"id": ULID, "component_type": ...}; 404: no such name
     POST {lab}/registry/entries/{name}           {"id", "component_type", "metadata", "acquire_lock", "lock_holder_..."}
     POST {lab}/registry/entries/{name}/unlock    {"holder_instance": ...}
+
+registryctl asks by the lab's own routes (docs/lab.md): `ask`.
 
 A lab registry says what it is by the header `X-MADSci-Lab-Registry: 1` in every answer of these routes. Without it a
 404 means nothing: a Lab Manager that has no registry answers 404 to everything.
@@ -22,17 +26,22 @@ import sys
 import time
 import weakref
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote, urlsplit
 
 from madsci_registry._threads import start_thread
-from madsci_registry.errors import LabUnavailableError
+from madsci_registry.errors import BY_CODE, LabUnavailableError, from_wire
 from madsci_registry.names import is_ulid
+
+if TYPE_CHECKING:
+    import ssl
 
 CONNECT_S = 2.0
 READ_S = 5.0
 EXCHANGE_S = CONNECT_S + READ_S
 """For all of one request: a lab that sends a byte now and then must not hold up a start for longer."""
+_FACTS = ("name", "id", "component_type", "given", "field", "reason", "renamed_to")
+"""What is taken over from a refusal of the lab, where it is text."""
 BODY_MAX_BYTES = 1 << 20
 MARK = "x-madsci-lab-registry"
 """The header by which a lab registry says what it is."""
@@ -60,19 +69,30 @@ class _Job(NamedTuple):
     method: str
     url: str
     body: dict[str, Any] | None
+    token: str
+    tls: ssl.SSLContext | None
+    within_s: float
     answer: SimpleQueue[Reply | Exception]
 
 
 class Lab:
     """A lab registry. Threads may share it; a forked child asks by a thread of its own."""
 
-    def __init__(self, url: object) -> None:
+    def __init__(
+        self, url: object, *, token: str = "", tls: ssl.SSLContext | None = None, within_s: float | None = None
+    ) -> None:
         """Ask nobody yet.
 
         Args:
             url: http or https, with the path under which the lab's routes are, if any.
+            token: this host's in the lab; "": the password of the URL, if it holds one.
+            tls: whose certificates count; None: those of httpx.
+            within_s: how long one request may take, all in all; None: `EXCHANGE_S`.
         """
         self.url = str(url).rstrip("/")
+        self._token = token
+        self._tls = tls
+        self._within_s = EXCHANGE_S if within_s is None else within_s
         self._shown = re.sub("//[^/@]*@", "//", self.url)
         """Without the password that a URL may hold: for logs."""
         self._jobs: dict[int, SimpleQueue[_Job | None]] = {}
@@ -81,6 +101,10 @@ class Lab:
 
     def __repr__(self) -> str:
         return f"<Lab {self._shown}>"
+
+    def is_at(self, url: str) -> bool:
+        """Tell whether it is the lab at this URL, whatever password either holds."""
+        return _place(self.url) == _place(url)
 
     def find(self, name: str) -> Known | None:
         """Return what the lab knows of a name; None: it does not know it.
@@ -107,6 +131,23 @@ class Lab:
         if not 200 <= reply.status < 300:
             raise self._strange(reply, f"{name!r} was not taken in")
 
+    def ask(self, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Ask by a route of the lab's own and return its answer.
+
+        Raises:
+            LabUnavailableError: no answer in time, or none of a lab registry. RegistryError: the lab's refusal.
+        """
+        reply = self._ask(method, route, body)
+        if not reply.marked or not isinstance(reply.body, dict):
+            raise self._strange(reply, "it does not say that it is a lab registry" if not reply.marked else "no object")
+        if 200 <= reply.status < 300:
+            return reply.body
+        code, detail = reply.body.get("code"), reply.body.get("detail")
+        if reply.status >= 500 or code not in BY_CODE:
+            raise self._strange(reply, "it cannot answer")
+        facts = {fact: reply.body[fact] for fact in _FACTS if isinstance(reply.body.get(fact), str)}
+        raise from_wire({**facts, "code": code, "message": f"the lab says: {detail}"})
+
     def unlock(self, name: str, instance: str, within_s: float) -> None:
         """Tell the lab that this instance no longer holds a name; waits at most `within_s` and raises nothing."""
         jobs = self._jobs.get(os.getpid())
@@ -128,19 +169,19 @@ class Lab:
         return LabUnavailableError(f"{self._shown} answered {reply.status}, {why}{said}")
 
     def _job(self, method: str, route: str, body: dict[str, Any] | None) -> _Job:
-        return _Job(method, self.url + route, body, SimpleQueue())
+        return _Job(method, self.url + route, body, self._token, self._tls, self._within_s, SimpleQueue())
 
     def _ask(self, method: str, route: str, body: dict[str, Any] | None = None) -> Reply:
         job = self._job(method, route, body)
         jobs = self._thread()
         jobs.put(job)
         try:
-            answer = job.answer.get(timeout=EXCHANGE_S)
+            answer = job.answer.get(timeout=self._within_s)
         except Empty:
             if self._jobs.get(os.getpid()) is jobs:
                 self._jobs.pop(os.getpid(), None)
             jobs.put(None)
-            raise LabUnavailableError(f"{self._shown} did not answer within {EXCHANGE_S:g} s") from None
+            raise LabUnavailableError(f"{self._shown} did not answer within {self._within_s:g} s") from None
         if isinstance(answer, Exception):
             raise LabUnavailableError(f"{self._shown}: {type(answer).__name__}: {answer}") from answer
         return answer
@@ -152,6 +193,15 @@ class Lab:
             self._jobs.pop(os.getpid(), None)
             raise LabUnavailableError(f"{self._shown} could not be asked: no thread could be started")
         return jobs
+
+
+def _place(url: str) -> tuple[object, ...]:
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return (url,)
+    return parts.scheme, parts.hostname, port, parts.path.rstrip("/")
 
 
 def _segment(name: str) -> str:
@@ -181,17 +231,18 @@ def _exchange(job: _Job) -> Reply:
     """
     import httpx
 
-    until = time.monotonic() + EXCHANGE_S
-    limits = httpx.Timeout(READ_S, connect=CONNECT_S)
+    until = time.monotonic() + job.within_s
+    limits = httpx.Timeout(min(READ_S, job.within_s), connect=min(CONNECT_S, job.within_s))
     url = httpx.URL(job.url)
-    password = (url.username, url.password) if url.userinfo else None
+    password = (url.username, url.password) if url.userinfo and not job.token else None
+    headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {job.token}"} if job.token else {})
     # What is said to a lab goes there and nowhere else: no proxy from the environment, no redirect, and no password in
     # the URL, which httpx logs.
     with (
-        httpx.Client(timeout=limits, trust_env=False, follow_redirects=False, auth=password) as client,
-        client.stream(
-            job.method, url.copy_with(userinfo=b""), json=job.body, headers={"Accept-Encoding": "identity"}
-        ) as response,
+        httpx.Client(
+            timeout=limits, trust_env=False, follow_redirects=False, auth=password, verify=job.tls or True
+        ) as client,
+        client.stream(job.method, url.copy_with(userinfo=b""), json=job.body, headers=headers) as response,
     ):
         text = b""
         for piece in response.iter_raw():
@@ -199,7 +250,7 @@ def _exchange(job: _Job) -> Reply:
             if len(text) > BODY_MAX_BYTES:
                 raise ValueError(f"the answer is longer than {BODY_MAX_BYTES} bytes")
             if time.monotonic() > until:
-                raise ValueError(f"the answer took longer than {EXCHANGE_S:g} s")
+                raise ValueError(f"the answer took longer than {job.within_s:g} s")
         return Reply(response.status_code, response.headers.get(MARK, "") == MARK_VALUE, _json(text))
 
 

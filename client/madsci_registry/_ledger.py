@@ -7,132 +7,28 @@ Rules
 3. A grant that another thread is just releasing is not handed out again: each call under way remembers the highest
    token that was given back meanwhile, and asks again if it is answered with that one.
 4. What the daemon says we hold and neither a grant nor a call under way knows of is given back.
+5. A lock stays the same Grant when its name or its token changes: renamed, or confirmed by the lab, which may give it a
+   higher token. Lines that say so can overtake the reply that grants the lock: while a call asks for a name, the ledger
+   remembers which Grant a reply means (`_meant`), and whoever comes first makes it.
 
 Theory of operation
 release and close come from atexit, `__del__` and signal handlers, in the middle of any line of this module. So nothing
-here takes a lock: each step is one operation that the interpreter does at once (a dict's or list's own method), and a
-Grant ends by whoever is first to put its end into a dict. `Grant.enter` and `leave` alone have a lock; finalizers do
-not come there. Who wants to be told of changes is told by one thread, which also sees to it that each is told once.
+on their way (end, give_back, drop, find, held) takes a lock: each step is one operation that the interpreter does at
+once (a dict's or list's own method), and a Grant ends by whoever is first to put its end into a dict. What replies and
+lines do with a lock has to be done as one, and has a lock of its own, under which nobody waits.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable
-from queue import SimpleQueue
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
 
+from madsci_registry._grants import Grant, Key, lab_state
 from madsci_registry._threads import start_thread
 from madsci_registry.types import LockState
 
 log = logging.getLogger("madsci_registry")
-
-
-class Key(NamedTuple):
-    """Who asks for what: a RegistryClient of this process and a name."""
-
-    instance: str
-    name: str
-
-
-class Grant:
-    """One lock that was granted to this process. Threads share it."""
-
-    def __init__(self, key: Key, fencing_token: int) -> None:
-        self.place = (key, fencing_token)
-        """Changed as one when the component is renamed."""
-        self.by_hold = False
-        self.latest = 0
-        """The number of the last Registration of it: resolving anew hands the lock on to that one."""
-        self.told: LockState = "held"
-        """What its listeners were told last; only for the thread that tells them."""
-        self.listeners: deque[tuple[Callable[[Any, LockState], None], Any]] = deque()
-        self.mourners: deque[tuple[Callable[[Any], None], Any]] = deque()
-        """Who wants to know of its loss, once."""
-        self._last_told: LockState = "held"
-        """The last state of which anybody would have been told."""
-        self._numbers = itertools.count(1)
-        self._end: dict[None, tuple[str, LockState]] = {}
-        self._nest = 0
-        self._nest_lock = threading.RLock()  # a signal handler may enter in the middle of a leave
-
-    @property
-    def held(self) -> bool:
-        return not self._end
-
-    @property
-    def end_reason(self) -> str:
-        """Why it ended, "" while it has not."""
-        return self._end[None][0] if self._end else ""
-
-    def state(self, *, is_connected: bool) -> LockState:
-        """Say how it stands, given whether the daemon is there."""
-        if self._end:
-            return self._end[None][1]
-        return "held" if is_connected else "suspended"
-
-    @property
-    def key(self) -> Key:
-        return self.place[0]
-
-    @property
-    def fencing_token(self) -> int:
-        return self.place[1]
-
-    def end(self, reason: str, *, lost: bool) -> bool:
-        """End the grant; True for the one caller that did."""
-        end: tuple[str, LockState] = (reason, "lost" if lost else "released")
-        is_first = self._end.setdefault(None, end) is end
-        if is_first:
-            self.tell(end[1])
-        return is_first
-
-    def hand_out(self) -> int:
-        """Number one more Registration of it."""
-        self.latest = next(self._numbers)
-        return self.latest
-
-    def on_lost(self, callback: Callable[[Any], None], registration: Any) -> None:
-        """Have `callback(registration)` called once when the lock is lost, now if it is already."""
-        self.mourners.append((callback, registration))
-        self._told_from_now_on()
-
-    def on_state(self, callback: Callable[[Any, LockState], None], registration: Any) -> None:
-        """Have `callback(registration, state)` called at each change; now if the lock has ended already."""
-        self.listeners.append((callback, registration))
-        if len(self.listeners) == 1 and not self.mourners:
-            self.told = self._last_told  # nobody has been told so far: changes count from here
-        self._told_from_now_on()
-
-    def _told_from_now_on(self) -> None:
-        _callbacks.start()
-        if self._end:
-            self.tell(self._end[None][1])
-
-    def tell(self, state: LockState) -> None:
-        """Let who wants to know be told of a state, in the order of these calls; never waits."""
-        self._last_told = state
-        if self.listeners or self.mourners:
-            _callbacks.put(self, state)
-
-    def enter(self) -> bool:
-        """Count one more `hold`; False where the grant has ended."""
-        with self._nest_lock:
-            if not self.held:
-                return False
-            self._nest += 1
-            return True
-
-    def leave(self, release: Callable[[], object]) -> None:
-        """Count one `hold` less, and release after the last one if a hold was what took the lock."""
-        with self._nest_lock:
-            self._nest -= 1
-            is_last = self._nest == 0 and self.by_hold
-            if is_last:
-                release()
 
 
 class Call:
@@ -147,8 +43,6 @@ class Call:
         self.names = frozenset(names)
         self.stale: dict[str, int] = {}
         """The highest token of each name that was given back while this call was under way."""
-        self.renamed: dict[tuple[str, int], tuple[str, int]] = {}
-        """(name, token) of a grant whose reply is still on its way: what it is called now."""
 
     def asks_for(self, key: Key) -> bool:
         return key.instance == self.instance and key.name in self.names
@@ -162,8 +56,11 @@ class Ledger:
 
     def __init__(self) -> None:
         self._grants: dict[Key, Grant] = {}
+        self._meant: dict[tuple[Key, int], Grant] = {}
+        """What a reply that grants this name and token means, for as long as a call asks for the name."""
         self._calls: dict[Call, None] = {}
         self._lost: dict[str, int] = {}
+        self._changing = threading.RLock()  # a signal handler may resolve in the middle of it
 
     # calls
 
@@ -178,6 +75,14 @@ class Ledger:
     def finish(self, call: Call) -> None:
         """Forget a resolve: answered, or given up."""
         self._calls.pop(call, None)
+        with self._changing:
+            for place, grant in list(self._meant.items()):
+                is_over = not grant.held and grant.place == place  # then `stale` and `_lost` know of it
+                if call.asks_for(place[0]) and (is_over or not self._is_asked_for(place[0])):
+                    del self._meant[place]
+
+    def _is_asked_for(self, key: Key) -> bool:
+        return any(call.asks_for(key) for call in list(self._calls))
 
     @property
     def is_idle(self) -> bool:
@@ -186,23 +91,54 @@ class Ledger:
 
     # grants
 
-    def granted(self, call: Call, name: str, token: int) -> Grant | None:
-        """Record a reply that grants a lock; None: it was given back meanwhile, ask again."""
-        name, token = call.renamed.pop((name, token), (name, token))
-        if token <= call.stale.get(name, 0):
-            return None
+    def granted(self, call: Call, name: str, token: int, lab: str | None, look: Callable[[], object]) -> Grant | None:
+        """Record a reply that grants a lock; None: it was given back meanwhile, ask again.
+
+        Args:
+            call: the resolve that is answered.
+            name: as it was asked for.
+            token: the fencing token of the reply.
+            lab: how the lock stood in the lab when the reply was made; what lines say of it counts more.
+            look: takes in the lines that came before the reply.
+        """
         key = Key(call.instance, name)
-        known = self._grants.get(key)
-        if known is not None and known.fencing_token == token:
-            return known if known.held else None
-        grant = Grant(key, token)
-        if token <= self._lost.get(name, 0):
+        with self._changing:
+            grant = self._meaning(key, token, lab)
+            known = self.find(grant.key)
+            if known is None or known.fencing_token >= grant.fencing_token:
+                return self._entered(call, grant)
+        look()  # another lock, or the one that is known with a token that has grown: a line has said so
+        with self._changing:
+            return self._entered(call, self._meaning(key, token, lab))
+
+    def _entered(self, call: Call, grant: Grant) -> Grant | None:
+        key, token = grant.place
+        if not grant.held or token <= call.stale.get(key.name, 0):
+            return None
+        if token <= self._lost.get(key.name, 0):
             grant.end("it was ended before the answer came", lost=True)
             return grant
+        known = self.find(key)
+        if known is not None and known.fencing_token >= token:
+            return known  # a later reply, or a line, was quicker
         self._grants[key] = grant
         if known is not None:
             known.end("it was granted anew, with a higher token", lost=True)
         return grant
+
+    def _meaning(self, key: Key, token: int, lab: str | None) -> Grant:
+        """Return the grant that is answered with this name and token, wherever it is by now."""
+        grant = self._held_at(key, token) or self._meant.get((key, token)) or self._expected_at(key, token)
+        grant = self._meant[key, token] = grant or Grant(key, token, lab_state(lab))
+        return grant
+
+    def _held_at(self, key: Key, token: int) -> Grant | None:
+        grant = self.find(key)
+        return grant if grant is not None and grant.fencing_token == token else None
+
+    def _expected_at(self, key: Key, token: int) -> Grant | None:
+        """Return the grant that lines have brought to this name and token, before the reply to it has come."""
+        return next((grant for grant in list(self._meant.values()) if grant.place == (key, token)), None)
 
     def held(self, instance: str | None = None) -> list[Grant]:
         """List what is held, by all clients of this process or by one."""
@@ -235,10 +171,11 @@ class Ledger:
 
     def lost(self, key: Key, token: int, reason: str) -> None:
         """The daemon ended a lock."""
-        self._lost[key.name] = max(self._lost.get(key.name, 0), token)
-        grant = self._grants.get(key)
-        if grant is not None and grant.fencing_token <= token:
-            self.lose(grant, reason)
+        with self._changing:
+            self._lost[key.name] = max(self._lost.get(key.name, 0), token)
+            grant = self._grants.get(key)
+            if grant is not None and grant.fencing_token <= token:
+                self.lose(grant, reason)
 
     def lose(self, grant: Grant, reason: str) -> None:
         """End a grant as lost and tell whoever wants to know."""
@@ -259,17 +196,46 @@ class Ledger:
             self.lose(grant, reason)
 
     def renamed(self, key: Key, old_token: int, to: str, token: int) -> bool:
-        """The component of a lock has another name now; False: we do not want that lock (any more)."""
-        grant = self._grants.get(key)
-        if grant is not None and grant.fencing_token == old_token and grant.held:
-            self._grants.pop(key, None)
-            grant.place = (Key(key.instance, to), token)
-            self._grants[grant.key] = grant
-            return grant.held
-        calls = [call for call in list(self._calls) if call.asks_for(key)]
-        for call in calls:
-            call.renamed[key.name, old_token] = (to, token)
-        return bool(calls)
+        """The component of a lock has another name, or the lock another token; False: we do not want it (any more)."""
+        with self._changing:
+            grant = self._moved(key, old_token, (Key(key.instance, to), token))
+            return grant is not None and (grant.held or self._is_asked_for(key))
+
+    def stands(self, key: Key, old_token: int, token: int, lab: str | None) -> bool:
+        """A lock stands differently in the lab, its token may have grown; False: we do not want it (any more)."""
+        with self._changing:
+            grant = self._moved(key, old_token, (key, token))
+            if grant is None:
+                return False
+            if grant.held and (grant.lab != lab_state(lab) or token != old_token):
+                grant.lab = lab_state(lab)
+                grant.tell_news()
+            return grant.held or self._is_asked_for(key)
+
+    def conflicts(self, key: Key, token: int, preferred: str) -> bool:
+        """The lab prefers another ULID for what we hold; True: nobody has been told of that yet."""
+        with self._changing:
+            grant = self._moved(key, token, (key, token))
+            if grant is None or not grant.held or grant.preferred_id == preferred:
+                return False
+            grant.preferred_id = preferred
+            grant.tell_news()
+            return True
+
+    def _moved(self, key: Key, token: int, place: tuple[Key, int]) -> Grant | None:
+        """Bring a grant to another name or token; None: nobody here has it, or asks for that name."""
+        # A reply with the new ones may have overtaken the line; one with the old ones may still come.
+        grant = self._held_at(key, token) or self._held_at(*place) or self._expected_at(key, token)
+        if self._is_asked_for(key):
+            grant = self._meant[key, token] = grant or Grant(key, token)
+        if grant is not None and grant.held and grant.place != place:
+            is_entered = self._grants.get(grant.key) is grant
+            if is_entered:
+                self._grants.pop(grant.key, None)
+            grant.place = place
+            if is_entered:
+                self._grants[grant.key] = grant
+        return grant
 
     def unknown(self, said: Iterable[tuple[Key, int]]) -> list[tuple[Key, int]]:
         """Say which of the locks that the daemon holds for us nobody here knows of; they are to be given back."""
@@ -293,58 +259,7 @@ class Ledger:
             elif tokens.get(grant.key) != grant.fencing_token:
                 self.lose(grant, "the daemon did not hold it any more when the connection was back")
 
-
-class _Callbacks:
-    """The one thread that runs callbacks, so that none runs in a thread that has to read on, and each is told once."""
-
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[Grant, LockState]] = SimpleQueue()
-        self._has_thread = False
-        self._lock = threading.Lock()
-
-    def start(self) -> None:
-        with self._lock:
-            if not self._has_thread:
-                # Where none can be started any more, nobody is told.
-                self._has_thread = start_thread(self._run)
-
-    def put(self, grant: Grant, state: LockState) -> None:
-        self._queue.put((grant, state))
-
-    def _run(self) -> None:
-        while True:
-            _tell(*self._queue.get())
-
-
-def _tell(grant: Grant, state: LockState) -> None:
-    if grant.told in ("lost", "released"):
-        state = grant.told  # the end has overtaken it; but who came late still hears of the end
-    elif state == grant.told:
-        return
-    grant.told = state
-    if state in ("held", "suspended"):
-        for callback, registration in list(grant.listeners):
-            _call(callback, registration, state)
-        return
-    while grant.listeners:
-        callback, registration = grant.listeners.popleft()
-        _call(callback, registration, state)
-    while state == "lost" and grant.mourners:
-        mourner, registration = grant.mourners.popleft()
-        _call(mourner, registration)
-
-
-def _call(callback: Callable[..., None], *arguments: Any) -> None:
-    try:
-        callback(*arguments)
-    except (Exception, SystemExit):  # the outer loop of this thread: a callback's fault is its author's
-        log.exception("a callback for a lock raised")
-
-
-_callbacks = _Callbacks()
-
-
-def forget_parent() -> None:
-    """Let a forked child start a callback thread of its own."""
-    global _callbacks
-    _callbacks = _Callbacks()
+    def stand(self, said: Mapping[tuple[Key, int], str | None]) -> None:
+        """After a resume: note how what is held stands in the lab by now."""
+        for grant in self.held():
+            grant.lab = lab_state(said.get(grant.place))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from madsci_registry import protocol
-from madsci_registry._ledger import Key
+from madsci_registry._grants import Key
 from madsci_registry._permission import closed_to_you
 from madsci_registry._transport import Channel, Reach
 from madsci_registry.errors import RegistryTimeoutError, UnavailableError, from_wire
@@ -54,8 +54,10 @@ class Connection:
         self.stamp_json = protocol.encode(self.stamp).decode().strip("{}")
         self.said_held = [_key_and_token(lock) for lock in welcome.get("held", [])]
         """What the daemon says this process holds: ((instance, name), fencing_token)."""
+        self.said_in_lab = {_key_and_token(lock): lock.get("lab") for lock in welcome.get("held", [])}
+        """How that stands in the lab."""
         self.said_renamed: list[dict[str, Any]] = welcome.get("renamed", [])
-        """What of that was renamed while the connection was down."""
+        """What of that was renamed, or got a higher token, while the connection was down."""
         self.grace_s: float | None = welcome.get("grace_s")
         """How long after the connection's end the locks are still ours; None: as long as this process lives."""
         self.broken = False

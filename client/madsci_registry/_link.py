@@ -18,7 +18,8 @@ from typing import Any
 from madsci_registry import protocol
 from madsci_registry._ask import Start
 from madsci_registry._endpoint import Endpoint
-from madsci_registry._ledger import Key, Ledger
+from madsci_registry._grants import Key
+from madsci_registry._ledger import Ledger
 from madsci_registry._lifeline import Absent, Connection, connect
 from madsci_registry._process import this_process
 from madsci_registry._threads import start_thread
@@ -184,11 +185,15 @@ class Link:
         return self._welcome(connect(*paths, protocol.Hello(client=CLIENT), deadline))
 
     def _resume(self, token: str) -> protocol.Resume:
-        places = [grant.place for grant in self.ledger.held()]
-        holds = [protocol.Hold(name=k.name, instance=k.instance, fencing_token=token) for k, token in places]
+        held = sorted(self.ledger.held(), key=lambda grant: grant.lab == "confirmed")
+        holds = [
+            protocol.Hold(name=key.name, instance=key.instance, fencing_token=held_token)
+            for key, held_token in (grant.place for grant in held)
+        ]
         resume = protocol.Resume(token=token, client=CLIENT, holds=holds)
-        if len(protocol.encode(resume)) >= protocol.LINE_MAX_BYTES:
-            resume.holds = []  # they only matter after an I/O error of the daemon
+        while len(protocol.encode(resume)) >= protocol.LINE_MAX_BYTES:
+            # They matter after an I/O error of the daemon, and where a token may have grown meanwhile: those are first.
+            resume.holds = resume.holds[: len(resume.holds) // 2]
         return resume
 
     def _welcome(self, connection: Connection) -> Connection:
@@ -200,6 +205,7 @@ class Link:
         if self._connection is not None:
             self.ledger.tell_all("suspended")
         self.ledger.reconcile(connection.said_held)
+        self.ledger.stand(connection.said_in_lab)
         self._connection = connection
         self.ledger.tell_all("held")
         # A call that gave up between the look and now found no connection to say so.
@@ -232,17 +238,30 @@ class Link:
 
     def _told(self, connection: Connection, line: dict[str, Any]) -> None:
         op = line.get("op")
-        if op == "lost":
-            by = line.get("by")
-            who = f" (by uid {by['uid']}, pid {by['pid']})" if by else ""
-            key = Key(line["instance"], line["name"])
-            self.ledger.lost(key, line["fencing_token"], f"{line['reason']}{who}")
-        elif op == "renamed":
-            key, to, token = Key(line["instance"], line["name"]), line["to"], line["fencing_token"]
-            if not self.ledger.renamed(key, line["old_token"], to, token):
-                connection.say(protocol.LifelineRelease(instance=key.instance, name=to, fencing_token=token))
-        elif op == "refused":
+        if op == "refused":
             log.warning("the daemon refused a line: %s", line.get("error"))
+        elif op in ("lost", "renamed", "lab", "conflict"):
+            self._told_of_lock(connection, op, Key(line["instance"], line["name"]), line["fencing_token"], line)
+
+    def _told_of_lock(self, connection: Connection, op: str, key: Key, token: int, line: dict[str, Any]) -> None:
+        is_wanted = True
+        if op == "lost":
+            by = line.get("by") or {}
+            who = f" (by uid {by['uid']}, pid {by['pid']})" if "uid" in by else ""
+            self.ledger.lost(key, token, f"{line['reason']}{who}")
+        elif connection is not self._connection:
+            pass  # what an earlier one has left unread, the welcome of this one knows better
+        elif op == "renamed":
+            is_wanted = self.ledger.renamed(key, line["old_token"], line["to"], token)
+            key = key._replace(name=line["to"])
+        elif op == "lab":
+            is_wanted = self.ledger.stands(key, line["old_token"], token, line["lab"])
+        elif self.ledger.conflicts(key, token, line["preferred"]):
+            text = "the lab knows %r as %s: this process keeps %s until it resolves the name anew"
+            start_thread(log.warning, text, key.name, line["preferred"], line["id"])  # apart: as a loss is
+        if not is_wanted:
+            # It was released with what it was called before.
+            connection.say(protocol.LifelineRelease(instance=key.instance, name=key.name, fencing_token=token))
 
     def _next_connection(self, ended: Connection) -> Connection | None:
         """Wait for, or make, the connection after `ended`; None: there is no need for one."""

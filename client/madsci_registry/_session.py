@@ -14,10 +14,11 @@ import threading
 import time
 from typing import Any
 
-from madsci_registry import _ledger, _lifeline, _transport, protocol
+from madsci_registry import _grants, _lifeline, _transport, protocol
 from madsci_registry._ask import Ask, Moved, Start, encode_stamped
 from madsci_registry._endpoint import Endpoint
-from madsci_registry._ledger import Call, Grant, Key
+from madsci_registry._grants import Grant, Key
+from madsci_registry._ledger import Call
 from madsci_registry._lifeline import Connection
 from madsci_registry._link import FIRST_PAUSE_S, LONGEST_PAUSE_S, Link
 from madsci_registry._process import this_process
@@ -131,7 +132,7 @@ class Session(Link):
             while True:
                 result = self.ask(ask)
                 token = result["fencing_token"]
-                grant = self.ledger.granted(call, name, token)
+                grant = self._granted(call, name, result)
                 if grant is None:
                     # Another thread of this client gives it back at this moment: let that be done, then ask anew.
                     self._release(Key(call.instance, name), token, ask.answer_by())
@@ -165,7 +166,7 @@ class Session(Link):
             while True:
                 results = self.ask(ask)["results"]
                 taken = [
-                    self.ledger.granted(call, name, result["ok"]["fencing_token"]) if "ok" in result else None
+                    self._granted(call, name, result["ok"]) if "ok" in result else None
                     for name, result in zip(names, results, strict=True)
                 ]
                 if self._is_current(ask.session):
@@ -179,6 +180,10 @@ class Session(Link):
             self.ledger.finish(call)
             if call.is_open:
                 self._withdraw(call)
+
+    def _granted(self, call: Call, name: str, result: dict[str, Any]) -> Grant | None:
+        """Record what a reply grants; None: it was given back meanwhile, ask again."""
+        return self.ledger.granted(call, name, result["fencing_token"], result.get("lab"), self.look)
 
     def _is_current(self, session: str | None) -> bool:
         connection = self._connection
@@ -259,7 +264,7 @@ def _forget_parent() -> None:
     _transport.bury(_sessions)
     _transport.forget_parent()
     _lifeline.forget_parent()
-    _ledger.forget_parent()
+    _grants.forget_parent()
     _sessions = {}
     _sessions_lock = threading.RLock()
 

@@ -128,4 +128,8 @@ def entries_of(data: Any, *, may_lack: bool) -> dict[str, Any]:
         entries: dict[str, Any] = registry.model_dump(mode="json")["entries"]
     except PydanticSerializationError as error:
         raise InvalidError(f"entries: {error}", field="entries", reason=str(error)) from None
+    given = data.get("entries", {}) if isinstance(data, dict) else {}
+    for name, entry in given.items():
+        if isinstance(entry, dict) and "other_ids" in entry:  # not in MADSci's models, but in the daemon's export
+            entries[name]["other_ids"] = entry["other_ids"]
     return entries

@@ -11,11 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from madsci_registry import _bulk, _session
+from madsci_registry import _bulk, _session, protocol
 from madsci_registry._arguments import Item, item, seconds, text
 from madsci_registry._ask import Ask, Start
 from madsci_registry._endpoint import Endpoint, choose_here
-from madsci_registry._ledger import Call, Grant, Key
+from madsci_registry._grants import Grant, Key
+from madsci_registry._ledger import Call
 from madsci_registry._process import this_process
 from madsci_registry._session import Session
 from madsci_registry.errors import RegistryError, SessionRequiredError, UnsupportedError, from_wire
@@ -445,6 +446,62 @@ class RegistryClient:
             OSError: it cannot be written. BusyError: too many backups, or the connection was lost again and again.
         """
         return _bulk.backup(self._shared(), Path(path), self._ask_read)
+
+    # the lab
+
+    def lab_conflicts(self, name: str | None = None, *, decided: bool = False) -> _List[dict[str, Any]]:
+        """Return the conflicts of the lab that the daemon belongs to, with what both sides say (docs/protocol.md).
+
+        Args:
+            name: only those of this name; None: all.
+            decided: True: those too that were decided.
+
+        Raises:
+            UnsupportedError: the daemon has no lab. LabUnavailableError.
+        """
+        body: dict[str, Any] = {"op": "lab_conflicts", "decided": decided}
+        found: list[dict[str, Any]] = []
+        after = None if name is None else [name, ""]
+        while True:
+            page = self._shared().ask(Ask({**body, "after": after}, self.timeout, start=self._start()))
+            found += [c for c in page["conflicts"] if name is None or c["name"] == name]
+            after = page["after"]
+            if after is None or (name is not None and after[0] != name):
+                return found
+
+    def lab_merge(self, name: str, prefer: str) -> dict[str, Any]:
+        """Decide a conflict in the lab: `prefer` is the ULID of the name; the others stay known as the same component.
+
+        Returns:
+            What the lab has under the name now (docs/protocol.md: lab entry).
+
+        Raises:
+            NotFoundError: no such conflict, or that ULID has no part in it. HeldError; PermissionDeniedError: it is for
+            administrators. UnsupportedError: the daemon has no lab. LabUnavailableError.
+        """
+        body = {"op": "lab_merge", "name": text(name, "name"), "prefer": text(prefer, "prefer")}
+        entry: dict[str, Any] = self._change(body)["entry"]
+        return entry
+
+    def lab_sync(self, wait: float = 0) -> dict[str, Any]:
+        """Have the daemon tell the lab of all changes now; return how it stands with it (docs/protocol.md: status.lab).
+
+        Args:
+            wait: seconds until the lab knows all; `behind` of the answer says what it does not know when they are over.
+
+        Raises:
+            UnsupportedError: the daemon has no lab.
+        """
+        until = time.monotonic() + seconds(wait, "wait", least=0)
+        while True:
+            left_s = max(0.0, until - time.monotonic())
+            body = {"op": "lab_sync"}
+            answer = self._shared().ask(
+                Ask(body, self.timeout, start=Start.NEVER, wait_s=min(left_s, protocol.WAIT_MAX_S))
+            )
+            if answer["behind"] == 0 or left_s <= protocol.WAIT_MAX_S:
+                lab: dict[str, Any] = {**answer["lab"], "behind": answer["behind"]}
+                return lab
 
     # asking
 

@@ -56,7 +56,9 @@ class Fence:
 
     In memory it covers the process that owns it; with a file, all processes of this host that name the same file, and
     restarts of theirs. Make one fence a device and never share one between devices: tokens of different names cannot be
-    compared. A fence knows only tokens that were shown to it, so a new holder shows its own before anything else.
+    compared. A fence knows only tokens that were shown to it, so a new holder shows its own before anything else. The
+    token of a lock may grow while it is held (`Registration.fencing_token`): once the higher one was shown, a copy of
+    the lower one is refused like another holder's.
     Threads may share it; in a forked child it works on, with a file.
     """
 

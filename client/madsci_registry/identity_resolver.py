@@ -3,6 +3,9 @@
 The order is the documented one: the local registry; else the lab, whose ULID is then taken in here; else a new ULID;
 then the lock; then the lab is told. Whatever the lab does, the local registry has the last word: its ULID is what a
 resolve returns, and a lab that is away, slow or no lab registry is a warning, never an error.
+
+A daemon that belongs to a lab itself does all that, and better. Then nothing is asked here, and a `lab_url` of another
+lab is warned about.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from madsci_registry._arguments import item
 from madsci_registry._classic_client import Taken, wait_seconds
 from madsci_registry._session import FINAL_S
-from madsci_registry.errors import LabUnavailableError
+from madsci_registry.errors import LabUnavailableError, RegistryError
 from madsci_registry.local_registry import LocalRegistryManager
 from madsci_registry.lock_manager import lock_errors
 from madsci_registry.types import COMPONENT_TYPES
@@ -52,6 +55,8 @@ class IdentityResolver:
         self._taken = Taken()
         self._told: dict[str, int] = {}
         """Names that the lab was told we hold, and the process that told it: a forked child holds none of them."""
+        self._has_compared = False
+        """Whether the daemon's lab was compared with ours."""
 
     def __repr__(self) -> str:
         return f"<IdentityResolver {self.local_registry!r}>"
@@ -114,13 +119,15 @@ class IdentityResolver:
             wait_s = until - time.monotonic()
         registration = self.local_registry._register(name, component_type, metadata, True, wait_s)
         self._taken.add(name, registration)
-        if lab is not None and lab_answers:
-            try:
+        try:
+            if lab is not None and registration.lab != "none":
+                self._leave_to_daemon(lab)
+            elif lab is not None and lab_answers:
                 self._tell(lab, name, registration, metadata)
-            except BaseException:  # Ctrl-C above all: who hears of no result must not hold the name
-                if registration._is_first:
-                    registration.release()
-                raise
+        except BaseException:  # Ctrl-C above all: who hears of no result must not hold the name
+            if registration._is_first:
+                registration.release()
+            raise
         if registration.is_new:
             return registration, "new"
         return registration, "lab" if registration.id == lab_id else registration.source
@@ -131,7 +138,7 @@ class IdentityResolver:
         Raises:
             RegistryError: the local registry could not be asked.
         """
-        if self.local_registry._client.lookup_to_resolve(name, wait_s) is not None:
+        if self.local_registry._client.lookup_to_resolve(name, wait_s) is not None or self._daemon_has_lab(lab):
             return None, True
         try:
             known = lab.find(name)
@@ -142,6 +149,25 @@ class IdentityResolver:
             return None, True
         self._take_in(name, known, component_type)
         return known.id, True
+
+    def _leave_to_daemon(self, lab: Lab) -> None:
+        if not self._has_compared:
+            self._daemon_has_lab(lab)
+
+    def _daemon_has_lab(self, lab: Lab) -> bool:
+        """Tell whether the daemon belongs to a lab; the first time, warn if that is another one than ours."""
+        try:
+            daemons: dict[str, Any] = self.local_registry._client.status().get("lab", {"state": "off"})
+        except RegistryError:
+            return False  # who asks next hears of that
+        if daemons["state"] == "off":
+            return False
+        if not self._has_compared and not any(lab.is_at(url) for url in daemons.get("urls", [daemons["url"]])):
+            log.warning(
+                "%r is not asked: the daemon belongs to the lab at %s, and that one counts", lab, daemons["url"]
+            )
+        self._has_compared = True
+        return True
 
     def _take_in(self, name: str, known: Known, component_type: str) -> None:
         wanted = known.component_type if known.component_type in COMPONENT_TYPES else component_type
@@ -171,14 +197,14 @@ class IdentityResolver:
     def lookup(self, name: str) -> str | None:
         """Return the ULID of a name, without a lock: the local registry's, else the lab's.
 
-        None means that the local registry does not know it, nor the lab, where one was given and answers; one that
-        does not is warned about.
+        None means that the local registry does not know it, nor the lab, where there is one and it answers; one that
+        was given and does not is warned about.
 
         Raises:
             RegistryError: the local registry could not be asked.
         """
         id, lab = self.local_registry.lookup(name), self.lab_client
-        if id is not None or lab is None:
+        if id is not None or lab is None or self._daemon_has_lab(lab):
             return id
         try:
             known: Known | None = lab.find(name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from madsci_registry._classic_client import ClassicClient, Taken, wait_seconds
-from madsci_registry._ledger import Key
+from madsci_registry._grants import Key
 from madsci_registry._session import FINAL_S
 from madsci_registry.errors import (
     ConflictError,

@@ -6,7 +6,8 @@ Two connections. Requests go over ZeroMQ (REQ to ROUTER), one frame of JSON each
     reply     {"ok": {...}}  or  {"error": {"code": "held", "message": "...", ...facts}}
 
 The lifeline is a plain stream of JSON lines and is the session: it says hello or resume first and is answered with a
-Welcome; then cancel, release and bye go up, unanswered, and Lost, Renamed and Closing come down, unasked.
+Welcome; then cancel, release and bye go up, unanswered, and Lost, Renamed, Lab, Conflict and Closing come down,
+unasked.
 
 The messages are plain dataclasses, so that a client imports no validator; the daemon compiles them into one pydantic
 validator (`request_validator`, measured 2.2 us for a lookup, the same as pydantic models and typed dicts). Unknown
@@ -274,9 +275,36 @@ class Backup(Request):
     cursor: _Count | None = None
 
 
+@dataclass(slots=True, kw_only=True)
+class LabConflicts(Request):
+    """A page of the lab's conflicts, as the lab tells them: {"conflicts": [...], "after": [name, id] or null}."""
+
+    op: Literal["lab_conflicts"] = "lab_conflicts"
+    decided: bool = False
+    after: tuple[_Text, _Text] | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class LabMerge(Request):
+    """Decide a conflict in the lab: `prefer` is the ULID of `name` from now on. {"entry": the lab's entry}."""
+
+    op: Literal["lab_merge"] = "lab_merge"
+    name: _Text
+    prefer: _Text
+
+
+@dataclass(slots=True, kw_only=True)
+class LabSync(Request):
+    """Have the lab told of all changes now; answered when it knows them, or when wait_s has passed:
+    {"behind": n, "lab": as in status}."""
+
+    op: Literal["lab_sync"] = "lab_sync"
+    wait_s: Annotated[float, Ge(0), Le(WAIT_MAX_S)] = 0.0
+
+
 AnyRequest = Union[
     Resolve, ResolveMany, Release, ReleaseAll, Lookup, Get, Whois, List, Rename, Retire, Revive, SetMetadata, History,
-    Watch, Sessions, Status, Metrics, Export, Import, BreakLock, Backup,
+    Watch, Sessions, Status, Metrics, Export, Import, BreakLock, Backup, LabConflicts, LabMerge, LabSync,
 ]  # fmt: skip
 REQUESTS: dict[str, type[Request]] = {cls.__dataclass_fields__["op"].default: cls for cls in AnyRequest.__args__}  # type: ignore[attr-defined]
 
@@ -348,11 +376,17 @@ LINES: dict[str, type] = {cls.__dataclass_fields__["op"].default: cls for cls in
 # What comes down the lifeline, unasked or as the answer to hello and resume:
 #   {"op": "welcome", "v": 1, "session": id, "token": secret, "epoch": n, "daemon": version,
 #    "proof": tier, "grace_s": seconds or null,                 null: locks outlast the daemon as long as the process
-#    "held": [{"name", "instance", "fencing_token"}, ...],      held: what a resumed session still has
-#    "renamed": [{"name", "to", "instance", "old_token", "fencing_token"}, ...]}   and what under another name
+#    "held": [{"name", "instance", "fencing_token", "lab"}, ...],   what a resumed session still has; lab: null,
+#                                                               "confirmed" or "unconfirmed"
+#    "renamed": [{"name", "to", "instance", "old_token", "fencing_token"}, ...]}   and what under another name, or (to
+#                                                               is name) with a higher token, which the lab gave
 #   {"op": "refused", "error": {...}}                           then the connection is closed
-#   {"op": "lost", "name", "instance", "fencing_token", "reason", "by": {"uid", "pid"}}
+#   {"op": "lost", "name", "instance", "fencing_token", "reason", "by": {"uid", "pid"} or {"host"}}
+#                                                               by an operator, or because the lab gave it to that host
 #   {"op": "renamed", "name": old, "to": new, "instance", "old_token", "fencing_token"}
+#   {"op": "lab", "name", "instance", "old_token", "fencing_token", "lab": "confirmed" or "unconfirmed"}
+#                                                               how the lock stands in the lab now; its token may grow
+#   {"op": "conflict", "name", "instance", "fencing_token", "id", "preferred"}   the lab has another ULID for the name
 #   {"op": "closing"}                                           the daemon stops; locks stay for the next one
 
 _decode = json.JSONDecoder().decode

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from madsci_registry._grants import lab_state
 from madsci_registry._process import this_process
 from madsci_registry.errors import LockLostError
 
 if TYPE_CHECKING:
-    from madsci_registry._ledger import Grant
+    from madsci_registry._grants import Grant
     from madsci_registry._session import Session
     from madsci_registry.client import RegistryClient
-    from madsci_registry.types import ComponentType, LockState
+    from madsci_registry.types import ComponentType, LabState, LockState
 
 
 class Registration:
@@ -40,7 +41,8 @@ class Registration:
         self.is_new: bool = result["is_new"]
         """True: this very resolve made the component."""
         self.source: str = result.get("source", "local")
-        """Where the identity came from: "local" or "lab"."""
+        """Where the ULID came from: "lab" where this very resolve learnt it there, else "local"."""
+        self._lab: LabState = lab_state(result.get("lab"))
         self.acquired_at: str | None = result.get("acquired_at")
         """When the lock was granted (UTC, ISO 8601); None without a lock."""
         self.warnings: tuple[str, ...] = tuple(result.get("warnings", ()))
@@ -60,7 +62,11 @@ class Registration:
 
     @property
     def fencing_token(self) -> int | None:
-        """The number that grows with every grant of the name; None without a lock. Follows a rename."""
+        """The number that grows with every grant of the name; None without a lock.
+
+        It changes while the lock is held where the component is renamed, and grows where the lab confirms later a lock
+        that was taken without it: read it each time, rather than once.
+        """
         return self._grant.fencing_token if self._grant else None
 
     @property
@@ -74,6 +80,33 @@ class Registration:
         if self._grant is None or self._session.process != this_process():
             return None
         return self._grant.state(is_connected=self._session.look())
+
+    @property
+    def lab(self) -> LabState:
+        """How it stands in the lab: none, confirmed or unconfirmed; without a lock, whether the lab knew of the ULID.
+
+        By the daemon's last word: it says so when it changes, and nobody keeps it up while `state` is suspended. none:
+        the daemon has no lab, or there is no lock in this process.
+        """
+        if self._grant is None:
+            return self._lab
+        if self._session.process != this_process():
+            return "none"
+        self._session.look()
+        return self._grant.lab
+
+    @property
+    def preferred_id(self) -> str | None:
+        """The ULID that the lab prefers for this component, which the next resolve gives; None: the one that it has.
+
+        Two hosts made the component while they were apart. This Registration keeps its `id`, and both ULIDs stay known
+        as the same component.
+        """
+        if self._grant is None or self._session.process != this_process():
+            return None
+        self._session.look()
+        preferred = self._grant.preferred_id
+        return preferred if preferred != self.id else None
 
     @property
     def held(self) -> bool:
@@ -115,8 +148,9 @@ class Registration:
     def on_state(self, callback: Callable[[Registration, LockState], None]) -> None:
         """Call `callback(registration, state)` once at each change of `state`, at once if the lock has ended already.
 
-        In the order in which the changes happened, in the thread of all callbacks; nothing comes after lost or
-        released. Which state it is says the argument: `registration.state` may have changed again.
+        Also where `lab` (with it perhaps `fencing_token`) or `preferred_id` has changed, with the state as it was. In
+        the order in which the changes happened, in the thread of all callbacks; nothing comes after lost or released.
+        Which state it is says the argument: `registration.state` may have changed again.
         """
         if self._grant is not None and self._session.process == this_process():
             self._grant.on_state(callback, self)

@@ -25,6 +25,10 @@ LockState = Literal["held", "suspended", "lost", "released"]
 """How a lock stands for who took it. suspended: its daemon is not there, and the lock is still ours; lost and released
 are for ever."""
 
+LabState = Literal["none", "confirmed", "unconfirmed"]
+"""How a lock stands in the lab, for who took it. none: no lab has a say in it; confirmed: no other host of the lab has
+the name; unconfirmed: the lab is away, so another host may have it too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
@@ -133,6 +137,12 @@ class Component:
     """What registry.json said of its workcell; carried along, not used."""
     old_lock: OldLock | None = None
     """An old program holds it, by registry.json; then `holder` and `fencing_token` are None."""
+    lab: Literal["confirmed", "unconfirmed"] | None = None
+    """How its lock stands in the lab; None: it is not locked, or the daemon has no lab."""
+    other_ids: list[str] = field(default_factory=list)
+    """ULIDs that are the same component: it was made on two hosts while they were apart."""
+    preferred_id: str | None = None
+    """The ULID that the lab prefers for it, which its next resolve gives; None: the one that it has."""
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> Component:
@@ -155,7 +165,8 @@ class Event:
     """Grows with every change of this registry, never repeats, below 2^53."""
     at: str
     kind: str
-    """created, renamed, retired, revived, metadata, granted, released, ended, broken, started, restored or refused."""
+    """created, renamed, retired, revived, metadata, preferred, conflict, granted, released, ended, broken, started,
+    restored or refused."""
     name: str | None
     id: str | None
     uid: int | None

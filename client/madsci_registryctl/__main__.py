@@ -41,6 +41,7 @@ COMMANDS = {
     "export": "transfer",
     "import": "transfer",
     "migrate": "migrate",
+    "lab": "lab.command",
     "backup": "transfer",
     "stop": "stop",
     "service": "service.command",

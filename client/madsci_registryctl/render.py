@@ -75,6 +75,8 @@ _STYLES = {
     "added": "green",
     "detached": "yellow",
     "connection": "yellow",
+    "confirmed": "green",
+    "unconfirmed": "yellow",
 }
 
 
@@ -125,6 +127,8 @@ def hint_of(error: RegistryError) -> str | None:
     if isinstance(error, HeldError) and error.old_lock:
         lock = error.old_lock
         return f"kill {lock.holder_pid} on {lock.holder_host} would end it; its lock is over 30 s later"
+    if isinstance(error, HeldError) and error.holder and not error.holder.session:  # on another host of the lab
+        return None if not error.place else f"you were number {error.place} in the queue"
     if isinstance(error, HeldError) and error.holder:
         place = f"; you were number {error.place} in the queue" if error.place else ""
         program = f"runs {error.holder.command_line}; " if error.holder.command_line else ""

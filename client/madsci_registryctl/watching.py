@@ -1,32 +1,50 @@
-"""`status`, `where` and `sessions`: the daemon and its clients. None of them ever starts a daemon."""
+"""`status`, `where` and `sessions`: the daemon (or the lab) and its clients. None of them ever starts a daemon."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from madsci_registry.errors import RegistryError
 from madsci_registryctl.invocation import Command, Invocation
+from madsci_registryctl.lab import views
+from madsci_registryctl.lab.options import with_lab
 from madsci_registryctl.render import print_fields, print_json, print_table, whole_seconds
+
+if TYPE_CHECKING:
+    from madsci_registryctl.lab.asking import LabRegistry
 
 
 @click.command("status", cls=Command)
 @click.pass_obj
-def status_command(invocation: Invocation) -> None:
-    """Say what the daemon is and does; exit status 6 if none serves. Starts none."""
+@with_lab
+def status_command(invocation: Invocation, lab: LabRegistry | None) -> None:
+    """Say what the daemon is and does; exit status 6 if none serves. Starts none. With --lab: how the lab itself is."""
+    if lab is not None:
+        _show_lab(invocation, lab)
+        return
     with invocation.client(autostart=False) as client:
         status = client.status()
     if invocation.as_json:
         print_json(status)
         return
     degraded = status.pop("degraded", [])
-    export = status.pop("export", {"state": "off"})
+    export, standing = status.pop("export", {"state": "off"}), status.pop("lab", {"state": "off"})
     print_fields(status)
     print_fields(_of_file(export))
+    print_fields(views.standing(standing))
     if degraded:
         print_fields({"degraded": degraded})
+
+
+def _show_lab(invocation: Invocation, lab: LabRegistry) -> None:
+    status = lab.status()
+    if invocation.as_json:
+        print_json(status)
+    else:
+        views.print_status(status)
 
 
 def _of_file(export: dict[str, Any]) -> dict[str, object]:

@@ -5,6 +5,7 @@ A step that the database contradicts raises a RegistryError and changes nothing;
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from madsci_registry.errors import ConflictError, NameTakenError
@@ -21,7 +22,7 @@ def adopt(service: Service, tx: Tx, name: str, entry: Entry) -> None:
     """Make the component of a name that is new there."""
     row = service.store.by_name(name)
     if row is not None:
-        if row.id != entry["id"]:
+        if not service.is_id_of(row, entry["id"]):
             raise ConflictError(f"{name!r} is {row.id}, not {entry['id']}", name=name, id=row.id)
         return
     other = service.store.by_id(entry["id"])
@@ -38,7 +39,7 @@ def rename(service: Service, tx: Tx, old: str, new: str) -> None:
     taken = service.store.by_name(new)
     if taken is not None:
         raise NameTakenError(f"{new!r} is known already", name=new, id=taken.id)
-    service.store.rename(row.id, old, new)
+    service.store.rename(row.id, old, new, tx.now)
     service.note(tx, "renamed", new, row.id, old=old, **SOURCE)
     tx.freed.append(old)
     tx.durable = True
@@ -49,8 +50,9 @@ def update(service: Service, tx: Tx, name: str, change: Update) -> None:
     row = service.known(name)
     text = merged(row, change.set, change.unset)
     if text != row.metadata:
-        service.store.set_metadata(row.id, text)
-        service.note(tx, "metadata", name, row.id, set=change.set, unset=change.unset, **SOURCE)
+        service.store.set_metadata(row.id, text, tx.now)
+        why = {"set": change.set, "unset": change.unset, "metadata": json.loads(text), **SOURCE}
+        service.note(tx, "metadata", name, row.id, **why)
         tx.durable = True
     if change.workcell_id is not None and change.workcell_id != row.workcell_id:
         service.store.set_workcell(row.id, change.workcell_id)
@@ -66,7 +68,7 @@ def lock(service: Service, tx: Tx, name: str, held: OldLock | None) -> None:
         return
     service.store.set_old_lock(row.id, held)
     if held is not None and row.retired:
-        service.store.set_retired(row.id, False)
+        service.store.set_retired(row.id, False, tx.now)
         service.note(tx, "revived", name, row.id, **SOURCE)
         tx.durable = True
     if held is None:

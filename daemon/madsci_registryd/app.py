@@ -40,6 +40,7 @@ from madsci_registryd.supervisor import Supervisor, passed_sockets
 from madsci_registryd.transaction import Tx
 
 if TYPE_CHECKING:
+    from madsci_registryd.lab_side import LabSide
     from madsci_registryd.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,8 @@ class App:
         try:
             self._build()
             self.core.begin(VERSION, self._judge)
+            if self.lab is not None:
+                self.lab.open()
             self._open_file()
         except database.DatabaseError as error:
             raise database.start_fault(error, self.places.database) from error
@@ -167,6 +170,7 @@ class App:
             admission=self._admission(self.settings),
             limits=self.settings.limits,
         )
+        self.lab = self._make_lab() if self.settings.lab_url else None
         self.loop.worked = self.core.meters.turns.add
         self.registrar, self.service, self.timers = self.core.registrar, self.core.service, self.core.timers
         requests, lifeline = self._listening_paths()
@@ -175,6 +179,11 @@ class App:
         self.lifelines = Lifelines(
             lifeline, self.loop, self.core, version=VERSION, config=self._config, best_proof=self.settings.proof
         )
+
+    def _make_lab(self) -> LabSide:
+        from madsci_registryd.lab_side import LabSide  # httpx and its like: 70 ms, for those only who have a lab
+
+        return LabSide(self.core, self.settings, self.places.database, self.host)
 
     def _listening_paths(self) -> list[ListeningPath]:
         given = passed_sockets(self._supervision.sockets)
@@ -223,6 +232,10 @@ class App:
         if self.supervisor.alive_every_s is not None:
             self.supervisor.alive()
             self.timers.every(self.supervisor.alive_every_s, self.supervisor.alive)
+        if self.lab is not None:
+            self.loop.watch(self.lab.lanes.fd, Turn.REQUESTS, self.lab.lanes.take)
+            self.lab.start()
+            sys.setswitchinterval(SWITCH_S)
         if self.passes is not None:
             self.loop.watch(self.passes.fd, Turn.REQUESTS, self._take_passes)
             self.passes.start()
@@ -303,6 +316,8 @@ class App:
         self.registrar.commit()
         if self.bridge is not None:
             self.bridge.pump()
+        if self.lab is not None:
+            self.lab.pump()
         self.lifelines.reception.begin_turn()
         self.loop.turn(0 if self.why_stop or self.server.has_input() else self.timers.next_s())
         self.server.drain(self.core.handlers.request)
@@ -409,6 +424,8 @@ class App:
             degraded.append(f"holders are proven alive by {self.proof} only: {why}")
         if self.bridge is not None:
             degraded += self.bridge.degraded()
+        if self.lab is not None:
+            degraded += self.lab.degraded()
         return {
             "version": VERSION,
             "protocol_version": p.PROTOCOL_VERSION,
@@ -431,6 +448,7 @@ class App:
             "allow_uids": sorted(self.settings.allow_uids),
             "proof": self.proof,
             "export": self.bridge.status() if self.bridge is not None else {"state": "off"},
+            "lab": self.core.handlers.lab.status(),
             "degraded": degraded,
         }
 
@@ -439,6 +457,8 @@ class App:
         self.registrar.close()
         self.lifelines.reception.close()
         self.server.close()
+        if self.lab is not None:
+            self.lab.close()
         if self.passes is not None and self.bridge is not None:
             self.passes.stop()
             self.bridge.close()

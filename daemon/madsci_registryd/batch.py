@@ -23,7 +23,7 @@ from madsci_registryd.faults import StorageFault
 from madsci_registryd.locks import Claim, Presence, Session
 from madsci_registryd.meters import Meters
 from madsci_registryd.service import Service
-from madsci_registryd.transaction import Tx
+from madsci_registryd.transaction import Told, Tx
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class Batch:
         self._path = path
         self._meters = meters
         self._full = True
+        self.tell: Callable[[Told], None] = lambda told: None
+        """Called with what sessions are to be told, after the commit."""
 
     def run(self, writes: list[Write]) -> Tx | None:
         """Apply and commit the writes, then tell each its result; None where nothing was committed.
@@ -92,6 +94,8 @@ class Batch:
             session.stored = True
         for session in tx.ended:
             session.presence = Presence.ENDED
+        for told in tx.told:  # before the answers: a token that has grown is known before somebody is answered with it
+            self.tell(told)
         for write, result in zip(writes, results, strict=True):
             write.done(result)
         return tx

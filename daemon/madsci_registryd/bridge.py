@@ -109,9 +109,10 @@ class Bridge(Publication):
         rows = self._store.components(limit=-1)
         self._exported = int(self._store.meta("exported") or 0)
         changed = self._store.changed_after(self._exported)
+        others = self._store.all_other_ids()
         old = {row.name: row.old_lock for row in rows if row.old_lock is not None}
         self._export.begin(
-            {row.name: fragments.of_row(row) for row in rows},
+            {row.name: fragments.of_row(row, others.get(row.id, ())) for row in rows},
             old,
             changed | {row.name for row in rows if row.id in changed},
         )
@@ -203,17 +204,16 @@ class Bridge(Publication):
             return
         self._be_due(self._clock.monotonic() + (SOON_S if touched else SEEN_S))
         for id in touched:
-            self._dirty[id] = None
             row = self._store.by_id(id)
             if row is None:
                 continue  # rolled back
+            self._dirty[row.id] = None
             self.minted.pop(row.name, None)
             self.shown.discard(row.name)
-            before = self._names.get(id)
-            if before != row.name:
-                self._names[id] = row.name
-                if before is not None:
-                    self.repair(before, id)
+            before = self._names.pop(id, None)  # that ULID may be one that it had
+            self._names[row.id] = row.name
+            if before not in (None, row.name):
+                self.repair(before, row.id)
         self._moved |= seen
         touched.clear()
         seen.clear()
@@ -232,14 +232,15 @@ class Bridge(Publication):
             row = self._store.by_id(id)
             count -= 1
             if row is not None:
-                self._put[row.name] = fragments.of_row(row)
+                self._put[row.name] = self._identity_of(row)
 
     def repair(self, name: str, id: str | None) -> None:
         row = self._store.by_name(name)
         if row is not None:
             self._dirty[row.id] = None
         elif id is not None:
-            self._put[name] = Gone(id)
+            owner = self._store.by_id(id)
+            self._put[name] = Gone((id,) if owner is None else (owner.id, *self._store.other_ids(owner.id)))
             self.claimed.discard(name)
             self._free_since.pop(name, None)
         if id is not None and self._store.by_id(id) is not None:
@@ -252,7 +253,7 @@ class Bridge(Publication):
         for name in self._wanted:
             row = self._store.by_name(name)
             if row is not None:
-                wants.append(Want(name, fragments.of_row(row), lock=True))
+                wants.append(Want(name, self._identity_of(row), lock=True))
         self._sent = self._wanted
         job = Job(self._put, wants, self._drop, None if self._dirty else self._store.identity_revision)
         self._put, self._wanted, self._drop = {}, set(), set()

@@ -23,6 +23,9 @@ class Clock(Protocol):
     def wall(self) -> float:
         """Seconds since 1970 (UTC); may jump."""
 
+    def boottime(self) -> float:
+        """Seconds that never go back, those in which the machine slept too."""
+
 
 class SystemClock:
     """The host's clocks."""
@@ -32,6 +35,9 @@ class SystemClock:
 
     def wall(self) -> float:
         return time.time()
+
+    def boottime(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def iso(seconds: float) -> str:

@@ -23,7 +23,7 @@ from madsci_registryd.meters import Meters
 from madsci_registryd.quotas import Limits, Quotas, Usage
 from madsci_registryd.reads import Reads
 from madsci_registryd.registrar import Registrar
-from madsci_registryd.service import OutsideStage, Service
+from madsci_registryd.service import Service
 from madsci_registryd.store import Store
 from madsci_registryd.transaction import Tx
 from madsci_registryd.watchers import Watchers
@@ -41,7 +41,6 @@ class Core:
         host: str,
         status: Callable[[], dict[str, Any]],
         metrics: Callable[[], str] = str,
-        stage: OutsideStage | None = None,
         epoch_floor: int = 0,
         admission: Admission | None = None,
         limits: Limits | None = None,
@@ -55,7 +54,7 @@ class Core:
         self.epoch = self._next_epoch(epoch_floor)
         sessions = self.registrar.sessions
         self.service = Service(
-            self.store, self.queues, sessions.get, lambda: str(ulid.ULID()), epoch=self.epoch, host=host, stage=stage
+            self.store, self.queues, sessions.get, lambda: str(ulid.ULID()), epoch=self.epoch, host=host
         )
         self.quotas = Quotas(limits or Limits(), clock)
         self._open_quotas(admission or Admission("owner", frozenset(), os.geteuid(), os.getegid()))

@@ -55,9 +55,10 @@ class Want(NamedTuple):
 
 
 class Gone(NamedTuple):
-    """A name that is no component's any more; where another ULID has it by now, it stays."""
+    """A name that is no component's any more; where another one has it by now, it stays."""
 
-    id: str
+    ids: tuple[str, ...]
+    """Of the component that had it."""
 
 
 class Outcome(NamedTuple):
@@ -223,7 +224,7 @@ class Export:
         for name, put in self._to_put.items():
             present = self.identities.get(name)
             if isinstance(put, Gone):
-                if present is not None and present.id == put.id:
+                if present is not None and present.id in put.ids:
                     del self.identities[name]
                     self.claims.discard(name)
                     self._set_old(name, None)
@@ -312,7 +313,7 @@ class Export:
             if lock is not None:
                 result.until[name] = self.until[name]
         has_lost_claims = not self.claims.isdisjoint(merged.locks)
-        if merged.refused or not diff.whole or has_lost_claims:
+        if merged.refused or merged.stale or not diff.whole or has_lost_claims:
             self._unwritten = True
 
     def _set_old(self, name: str, lock: OldLock | None, *, is_first: bool = False) -> None:

@@ -7,11 +7,12 @@ it, so that no locale can misread it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from madsci_registry.registry_json import CLAIM_INSTANCE, FORMAT_VERSION
 from madsci_registry.types import OldLock
+from madsci_registryd.merging import other_ids as other_ids_of
 from madsci_registryd.store import Row
 
 CLAIM_EXPIRES_AT = "2999-12-31T23:59:59Z"
@@ -30,10 +31,10 @@ class Identity(NamedTuple):
     """Members of the entry's object, without braces."""
 
 
-def of_row(row: Row) -> Identity:
+def of_row(row: Row, other_ids: Sequence[str]) -> Identity:
     """Return the identity of a component as the database has it."""
     values = (row.id, row.component_type, row.created_at, row.last_seen, json.loads(row.metadata), row.workcell_id)
-    return Identity(row.id, _members(dict(zip(_KEYS, values, strict=True))))
+    return Identity(row.id, _members(dict(zip(_KEYS, values, strict=True)) | _others(other_ids)))
 
 
 def of_entry(entry: Mapping[str, Any]) -> Identity:
@@ -42,7 +43,13 @@ def of_entry(entry: Mapping[str, Any]) -> Identity:
     for key in ("created_at", "last_seen"):
         if known[key] is None:
             del known[key]
-    return Identity(entry["id"], _members(known | {"metadata": entry.get("metadata") or {}}))
+    others = _others(other_ids_of(entry))
+    return Identity(entry["id"], _members(known | {"metadata": entry.get("metadata") or {}} | others))
+
+
+def _others(ids: Sequence[str]) -> dict[str, Any]:
+    """Return the member that old programs do not know: ULIDs that are the same component, where there are any."""
+    return {"other_ids": [*ids]} if ids else {}
 
 
 def _members(entry: Mapping[str, Any]) -> bytes:

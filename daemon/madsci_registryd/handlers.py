@@ -29,6 +29,7 @@ from madsci_registryd.database import DatabaseError
 from madsci_registryd.export import Want
 from madsci_registryd.faults import StorageFault
 from madsci_registryd.imports import Imports
+from madsci_registryd.lab_tier import Ask, LabTier, NoLabVerbs
 from madsci_registryd.locks import Presence, Session
 from madsci_registryd.meters import UNREAD, Meters
 from madsci_registryd.old_programs import OldPrograms
@@ -56,6 +57,8 @@ class Change(NamedTuple):
     light: Callable[[Any], bool] = lambda request: False
     wants: Callable[[OldPrograms, Session, Any], list[Want]] = lambda old, who, request: []
     """What old programs must see first, if anything."""
+    asks: Callable[[LabTier, Session, Any], list[Ask]] = lambda lab, who, request: []
+    """What the lab is to be asked before that, if anything."""
 
 
 class Parks(NamedTuple):
@@ -74,11 +77,14 @@ class Handlers:
         self._backups = backups
         self._preparing: Counter[int] = Counter()
         """How many names of each user wait to be shown to old programs."""
+        self._asking: Counter[int] = Counter()
+        """How many names of each user wait for the lab's answer."""
         self._decode = p.request_validator().validate_json
         self._decode_line = p.line_validator().validate_json
+        self.lab = NoLabVerbs()
         service, reads = registrar.service, registrar.reads
         self._table: dict[type, Read | Change | Parks] = {
-            p.Lookup: Read(reads.lookup),
+            p.Lookup: Parks(self._lookup),
             p.Get: Read(reads.get),
             p.Whois: Read(reads.whois),
             p.List: Read(reads.list),
@@ -89,8 +95,17 @@ class Handlers:
             p.Export: Read(reads.export),
             p.Backup: Read(self._backup),
             p.Watch: Parks(registrar.watchers.add),
-            p.Resolve: Change(service.resolve, self._resolves_known, lambda old, who, r: old.for_resolve(who, r)),
-            p.ResolveMany: Change(service.resolve_many, wants=lambda old, who, r: old.for_many(who, r)),
+            p.Resolve: Change(
+                service.resolve,
+                self._resolves_known,
+                lambda old, who, r: old.for_resolve(who, r),
+                lambda lab, who, r: lab.for_resolve(who, r),
+            ),
+            p.ResolveMany: Change(
+                service.resolve_many,
+                wants=lambda old, who, r: old.for_many(who, r),
+                asks=lambda lab, who, r: lab.for_many(who, r),
+            ),
             p.Release: Change(service.release, lambda r: True),
             p.ReleaseAll: Change(service.release_all, lambda r: True),
             p.Rename: Change(service.rename, wants=lambda old, who, r: old.for_rename(who, r)),
@@ -99,6 +114,9 @@ class Handlers:
             p.SetMetadata: Change(service.set_metadata),
             p.BreakLock: Change(service.break_lock),
             p.Import: Parks(imports.receive),
+            p.LabConflicts: Parks(self._lab_conflicts),
+            p.LabMerge: Parks(self._lab_merge),
+            p.LabSync: Parks(self._lab_sync),
         }
 
     def request(self, frame: bytes, answer: Answer) -> None:
@@ -127,25 +145,73 @@ class Handlers:
             meters.counted(verb, answer, outcome(fault))
 
     def _change(self, who: Session, request: Any, change: Change, answer: Answer) -> None:
-        """Put a change into the turn's batch, or into that of the turn in which old programs see what it needs."""
-        write = partial(self._registrar.write, who, request, change.verb, answer, partial(change.light, request))
+        """Put a change into the turn's batch, or into that of a later turn: when lab and old programs are ready."""
         service = self._registrar.service
-        wants = change.wants(service.old_programs, who, request)
+        asks = change.asks(service.lab, who, request)
+        if not asks:
+            self._show(who, request, change, answer)
+            return
+
+        self._begin(self._asking, who, len(asks))
+
+        def then() -> None:
+            self._asking[who.uid] -= len(asks)
+            try:
+                if who.presence is Presence.ATTACHED:  # else its connection ended, and with it all requests in flight
+                    self._show(who, request, change, answer)
+            except RegistryError as error:
+                answer(outcome(error))
+
+        service.lab.prepare(asks, then)
+
+    def _show(self, who: Session, request: Any, change: Change, answer: Answer) -> None:
+        """Run a change when old programs see what it needs."""
+        write = partial(self._registrar.write, who, request, change.verb, answer, partial(change.light, request))
+        old_programs = self._registrar.service.old_programs
+        wants = change.wants(old_programs, who, request)
         if not wants:
             write()
             return
 
-        service.quotas.check(who.uid, "requests", self._preparing[who.uid])
-        self._preparing[who.uid] += len(wants)
+        self._begin(self._preparing, who, len(wants))
 
         def then(refusal: RegistryError | None) -> None:
             self._preparing[who.uid] -= len(wants)
             if refusal is not None:
                 answer(outcome(refusal))
-            elif who.presence is Presence.ATTACHED:  # else its connection ended, and with it all requests in flight
+            elif who.presence is Presence.ATTACHED:
                 write()
 
-        service.old_programs.prepare(wants, then)
+        old_programs.prepare(wants, then)
+
+    def _begin(self, counts: Counter[int], who: Session, names: int) -> None:
+        self._registrar.service.quotas.check(who.uid, "requests", counts[who.uid])
+        counts[who.uid] += names
+
+    def _lookup(self, who: Session, r: p.Lookup, answer: Answer) -> None:
+        """Answer the ULID of a name: what is known here, else what the lab says."""
+        found = self._registrar.reads.lookup(who, r)
+        if found["id"] is not None or not self.lab.is_on:
+            answer({"ok": found})
+            return
+        self._begin(self._asking, who, 1)
+
+        def said(reply: dict[str, Any]) -> None:
+            self._asking[who.uid] -= 1
+            answer(reply)
+
+        self.lab.lookup(r.name, said)
+
+    # by name: a lab may come after the table
+
+    def _lab_conflicts(self, who: Session, r: p.LabConflicts, answer: Answer) -> None:
+        self.lab.conflicts(who, r, answer)
+
+    def _lab_merge(self, who: Session, r: p.LabMerge, answer: Answer) -> None:
+        self.lab.merge(who, r, answer)
+
+    def _lab_sync(self, who: Session, r: p.LabSync, answer: Answer) -> None:
+        self.lab.sync(who, r, answer)
 
     def session_of(self, frame: bytes) -> Session | None:
         """Return which session sent a frame, by the token in it and without decoding it; None: none."""

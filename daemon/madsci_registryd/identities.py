@@ -15,7 +15,9 @@ from madsci_registry.names import check_metadata, check_name
 from madsci_registry.registry_json import is_foreign_id
 from madsci_registryd.admission import Admission
 from madsci_registryd.clock import instant
+from madsci_registryd.lab_tier import LabTier
 from madsci_registryd.locks import Queues, Session
+from madsci_registryd.merging import OTHER_IDS_MAX, other_ids
 from madsci_registryd.old_programs import OldPrograms
 from madsci_registryd.quotas import Quotas, Usage
 from madsci_registryd.store import Lock, Row, Store
@@ -41,11 +43,12 @@ class Identities:
         self.quotas: Quotas
         self.names: Usage
         """How many names each user made."""
+        self.lab = LabTier()
 
     def rename(self, tx: Tx, who: Session, r: p.Rename) -> dict[str, Any]:
         """Give a component another name that nobody has; a held one only by force, its holder keeps it and is told."""
         row = self.store.by_name(r.old)
-        if row is None or row.id != r.id:
+        if row is None or not self.is_id_of(row, r.id):
             moved = self.store.by_id(r.id)
             if moved is not None and moved.name == r.new:
                 return self._unchanged(moved)  # a repeat
@@ -64,7 +67,7 @@ class Identities:
                 self.need_admin(who, f"rename {r.old!r}, which another user holds")
         if not (self.old_programs.ready(r.old) and self.old_programs.ready(r.new)):
             raise BusyError(f"{r.old!r} and {r.new!r} cannot be kept from old programs just now; try again")
-        self.store.rename(row.id, r.old, r.new)
+        self.store.rename(row.id, r.old, r.new, tx.now)
         moved = self._get(r.new)
         if row.lock is not None:
             self._carry_lock(tx, row, row.lock, moved)
@@ -89,9 +92,17 @@ class Identities:
         tx.told.append(Told(lock.owner.session, line))
 
     def renamed_away(self, session: str, holds: Sequence[p.Hold]) -> list[dict[str, Any]]:
-        """Say of what a resuming session believes to hold what it holds under another name by now."""
+        """Say of what a resuming session believes to hold what it holds under another name by now, or with a higher
+        token."""
         lines = []
         for hold in holds:
+            row = self.store.by_name(hold.name)
+            lock = row.lock if row else None
+            if lock is not None and lock.owner == (session, hold.instance) and lock.first_token is not None:
+                if lock.first_token <= hold.fencing_token < lock.fencing_token:
+                    line = {"name": hold.name, "to": hold.name, "instance": hold.instance}
+                    lines.append(line | {"old_token": hold.fencing_token, "fencing_token": lock.fencing_token})
+                continue
             before = self.store.name_row(hold.name)
             moved = self.store.by_id(before.renamed_id) if before and before.renamed_id else None
             if moved is None or moved.lock is None or moved.lock.owner != (session, hold.instance):
@@ -158,12 +169,58 @@ class Identities:
             workcell_id=entry.get("workcell_id"),
             uid=who.uid if who else None,
         )
+        for other in other_ids(entry):
+            if self.store.by_id(other) is None:
+                self.store.add_other_id(entry["id"], other)
         row = self._get(name)
         why = {"component_type": row.component_type, "metadata": json.loads(text), "imported": True, **more}
         if is_foreign_id(entry):
             why["foreign_id"] = True
         self._event(tx, who, "created", row, **why)
         tx.durable = True
+
+    # two ULIDs of one name
+
+    def conflict(self, tx: Tx, row: Row, preferred: str) -> bool:
+        """Take note that the lab has another ULID for a component's name: its holder is told and keeps the one that it
+        has; where nobody holds it, that ULID is its own at once (True). A repeat changes nothing; nor does a ULID that
+        is another component's here."""
+        wanted = None if preferred == row.id else preferred
+        if row.preferred_id == wanted or not self._may_be_id_of(row, preferred):
+            return False
+        self.store.set_preferred(row.id, wanted)
+        self._event(tx, None, "conflict", row, preferred=preferred, by="lab")
+        tx.durable = True
+        if row.lock is None and row.old_lock is None:
+            return self.prefer(tx, self._get(row.name))
+        if row.lock is not None and preferred != row.id:
+            tx.told.append(Told(row.lock.owner.session, _conflict_line(row, row.lock, preferred)))
+        return False
+
+    def conflicts_of(self, session: str) -> list[dict[str, Any]]:
+        """Return what a session is told of the names that it holds under a ULID that the lab does not prefer."""
+        rows = [self._get(name) for name in self.store.preferred_of(session)]
+        return [_conflict_line(row, row.lock, row.preferred_id) for row in rows if row.lock and row.preferred_id]
+
+    def prefer(self, tx: Tx, row: Row) -> bool:
+        """Give a component the ULID that the lab prefers for it; the one that it had stays known. False: there is none,
+        or it is another component's here; nothing changed."""
+        new = row.preferred_id
+        if new is None or not self._may_be_id_of(row, new):
+            return False
+        self.store.change_id(row.id, new)
+        holder = self.session(row.lock.owner.session) if row.lock else None
+        if holder is not None and row.id in holder.shares:
+            holder.shares[new] = holder.shares.pop(row.id)
+        self._event(tx, None, "preferred", row._replace(id=new), was=row.id, by="lab")
+        tx.durable = True
+        return True
+
+    def _may_be_id_of(self, row: Row, id: str) -> bool:
+        other = self.store.by_id(id)
+        if other is None:
+            return len(self.store.other_ids(row.id)) < OTHER_IDS_MAX
+        return other.id == row.id
 
     def retire_all_but(self, tx: Tx, who: Session, names: set[str], *, dry_run: bool) -> list[tuple[str, str, str]]:
         """Retire what is in use and not among `names`; a held name is a conflict and stays."""
@@ -187,12 +244,12 @@ class Identities:
             raise self.admission.admin_refusal(who.uid, what)
 
     def _set_retired(self, tx: Tx, who: Session, row: Row, retired: bool) -> None:
-        self.store.set_retired(row.id, retired)
+        self.store.set_retired(row.id, retired, tx.now)
         self._event(tx, who, "retired" if retired else "revived", row)
         tx.durable = True
 
     def _set_metadata(self, tx: Tx, who: Session, row: Row, text: str) -> None:
-        self.store.set_metadata(row.id, text)
+        self.store.set_metadata(row.id, text, tx.now)
         self._event(tx, who, "metadata", row, metadata=json.loads(text))
         tx.durable = True
 
@@ -212,7 +269,7 @@ class Identities:
 
     def _expect(self, name: str, id: str) -> Row:
         row = self._get(name)
-        if row.id != id:
+        if not self.is_id_of(row, id):
             raise ConflictError(f"{name!r} is {row.id} now, not {id}", name=name, id=row.id)
         return row
 
@@ -224,8 +281,17 @@ class Identities:
             return NotFoundError(message, name=name, renamed_to=before.renamed_to, id=before.renamed_id)
         return NotFoundError(f"no component is called {name!r}", name=name)
 
+    def is_id_of(self, row: Row, id: str) -> bool:
+        """Tell whether a ULID is that component's, preferred or not."""
+        return id == row.id or id in self.store.other_ids(row.id)
+
+    def show(self, row: Row) -> dict[str, Any]:
+        """Return a component as clients see it."""
+        others, lab = self.store.other_ids(row.id), self.lab.standing(row)
+        return component(self.session, self.host, row, self.queues.count(row.name), other_ids=others, lab=lab)
+
     def _component(self, name: str) -> dict[str, Any]:
-        return component(self.session, self.host, self._get(name), self.queues.count(name))
+        return self.show(self._get(name))
 
     def _unchanged(self, row: Row) -> dict[str, Any]:
         return {"component": self._component(row.name), "changed": False}
@@ -245,11 +311,26 @@ class Identities:
         """Record what no client did: an old program, by registry.json."""
         self.store.add_event(kind, tx.now, name=name, id=id, why=why)
 
-    def _next_token(self, tx: Tx, last: int) -> int:
-        token = max(last + 1, self.epoch * TOKENS_A_TERM)
-        if token // TOKENS_A_TERM != self.epoch:
+    def _next_token(self, tx: Tx, last: int, lab_term: int | None = None) -> int:
+        term = self.epoch if lab_term is None else lab_term
+        token = max(last + 1, term * TOKENS_A_TERM)
+        # The next start is above its own epoch, and above what it finds: the first token of any other term has to be
+        # found by it, also after a power loss. The later ones of a lab's term need not: another boot gets another one.
+        is_later = lab_term is not None and token % TOKENS_A_TERM > 0
+        if token // TOKENS_A_TERM != self.epoch and not is_later:
             tx.durable = True
         return token
+
+
+def _conflict_line(row: Row, lock: Lock, preferred: str) -> dict[str, Any]:
+    return {
+        "op": "conflict",
+        "name": row.name,
+        "instance": lock.owner.instance,
+        "fencing_token": lock.fencing_token,
+        "id": row.id,
+        "preferred": preferred,
+    }
 
 
 def merged(row: Row | None, add: dict[str, Any], drop: tuple[str, ...] | list[str]) -> str:

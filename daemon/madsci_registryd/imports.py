@@ -119,7 +119,7 @@ def apply(
             report.append((name[:NAME_MAX_BYTES], "invalid", reason))
             continue
         row, other = store.by_name(name), store.by_id(entry["id"])
-        if row is not None and row.id == entry["id"]:
+        if row is not None and other is not None and row.id == other.id:
             report.append((name, "same", ""))
         elif row is not None:
             report.append((name, "conflict", f"known here as {row.id}"))

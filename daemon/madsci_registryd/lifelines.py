@@ -271,11 +271,18 @@ class Lifelines:
                 "daemon": self._version,
                 "proof": peer.proof,
                 "grace_s": None if is_provable else p.GRACE_S,
-                "held": [{"name": n, "instance": i, "fencing_token": t} for n, i, t in held],
+                "held": [self._held(n, i, t) for n, i, t in held],
                 "renamed": self._registrar.service.renamed_away(session.id, holds),
             }
             | ({"token": token} if token else {})
         )
+        for conflict in self._registrar.service.conflicts_of(session.id):
+            line.send(conflict)  # it may have been away when it was told
+
+    def _held(self, name: str, instance: str, fencing_token: int) -> dict[str, Any]:
+        service = self._registrar.service
+        hold = {"name": name, "instance": instance, "fencing_token": fencing_token}
+        return hold | {"lab": service.lab.standing(service.known(name)) if service.lab.is_on else None}
 
     def refused(self, code: str) -> None:
         """Count a connection that is refused."""

@@ -11,17 +11,10 @@ Rules
 5. A lock ends with its session, by its owner's release, or by an operator.
 
 Theory of operation
-A claim is one request for a lock that cannot be answered at once. It moves through this table and nowhere else;
-PENDING is the time in which something outside (a file, the lab) is asked between the decision and the commit. A name
-with a pending claim is as good as held: nobody else is granted it. Where nothing outside is asked, a claim passes
-through PENDING within one transaction.
-
-    state     event      next
-    WAITING   turn       PENDING     the name is free and the claim is the first
-    PENDING   confirm    GRANTED     outside agreed, or nobody had to be asked; the grant is committed
-    PENDING   refuse     REFUSED     outside said no
-    WAITING   withdraw   DROPPED     gave up, died, or did not renew in time
-    PENDING   withdraw   DROPPED     the same; what was done outside is undone by who did it
+A claim is one request for a lock that cannot be answered at once. It waits as long as it is in its name's queue, and
+leaves it once: granted (the grant is committed), refused (it cannot be granted any more), or withdrawn (its client
+gave up, died, or did not renew in time). What is outside, registry.json and the lab, is asked before: a name is *ready*
+there, for all clients of this host, or nobody is granted it yet.
 
 The database says who holds what. This module's queues say who waits; they are changed after a commit only.
 """
@@ -70,34 +63,6 @@ def decide(holder: Owner | None, asker: Owner, *, ahead: int, may_wait: bool) ->
     return Verdict.QUEUE if may_wait else Verdict.HELD
 
 
-class ClaimState(Enum):
-    """Where a claim stands in the table above."""
-
-    WAITING = "waiting"
-    PENDING = "pending"
-    GRANTED = "granted"
-    REFUSED = "refused"
-    DROPPED = "dropped"
-
-
-class ClaimEvent(Enum):
-    """What moves a claim."""
-
-    TURN = "turn"
-    CONFIRM = "confirm"
-    REFUSE = "refuse"
-    WITHDRAW = "withdraw"
-
-
-TRANSITIONS: dict[tuple[ClaimState, ClaimEvent], ClaimState] = {
-    (ClaimState.WAITING, ClaimEvent.TURN): ClaimState.PENDING,
-    (ClaimState.PENDING, ClaimEvent.CONFIRM): ClaimState.GRANTED,
-    (ClaimState.PENDING, ClaimEvent.REFUSE): ClaimState.REFUSED,
-    (ClaimState.WAITING, ClaimEvent.WITHDRAW): ClaimState.DROPPED,
-    (ClaimState.PENDING, ClaimEvent.WITHDRAW): ClaimState.DROPPED,
-}
-
-
 @dataclass(eq=False)
 class Claim:
     """A request for the lock of `name` that is not answered yet, known by (session, seq)."""
@@ -111,25 +76,14 @@ class Claim:
     """Monotonic instant by which its present request wants an answer."""
     looked_at_next: float = math.inf
     """When it is looked at whether it is to be answered; inf: no timer is set."""
-    state: ClaimState = ClaimState.WAITING
 
     @property
     def key(self) -> tuple[str, int]:
         return self.owner.session, self.seq
 
-    def move(self, event: ClaimEvent) -> None:
-        """Go to the next state. Raises KeyError where the table has none: a fault of ours."""
-        self.state = TRANSITIONS[self.state, event]
-
-    def finish(self, event: ClaimEvent) -> None:
-        """Go to the end that CONFIRM or REFUSE leads to, through PENDING where nobody outside had to be asked."""
-        if self.state is ClaimState.WAITING:
-            self.move(ClaimEvent.TURN)
-        self.move(event)
-
 
 class Queues:
-    """All claims that wait or are pending, name by name in the order of their arrival."""
+    """All claims, name by name in the order of their arrival."""
 
     def __init__(self) -> None:
         self._by_name: dict[str, deque[Claim]] = {}
@@ -176,9 +130,7 @@ class Queues:
 
 
 def next_claim(claims: tuple[Claim, ...], may_hear: Callable[[Claim], bool]) -> Claim | None:
-    """Choose who gets a free name: nobody while a claim is pending, else the first who can be told."""
-    if any(c.state is ClaimState.PENDING for c in claims):
-        return None
+    """Choose who gets a free name: the first who can be told."""
     return next((c for c in claims if may_hear(c)), None)
 
 

@@ -1,7 +1,8 @@
 """What old programs wrote into registry.json, and what of it is taken in. Pure: no file, no SQL, no clock.
 
 Rules
-1. What is known keeps its ULID. A name that is new comes in with the ULID that it has there.
+1. What is known keeps its ULID. A name that is new comes in with the ULID that it has there. A ULID that is known as
+   the same component, though not the preferred one, is as good; the preferred one is written again.
 2. Nothing is deleted: a name that is missing is written again. One name gone and one new with its ULID is a rename.
 3. Refused: a rename of a name that a new program holds, a second ULID for a name or name for a ULID, another type.
 4. An entry whose metadata cannot be kept comes in without them: its identity and its lock count all the same.
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from madsci_registry import registry_json
-from madsci_registry.registry_json import detail_fault, identity_fault, is_claim
+from madsci_registry.registry_json import detail_fault, identity_fault, is_claim, is_id
 from madsci_registry.types import OldLock
 from madsci_registryd.clock import instant
 
@@ -30,6 +31,8 @@ Entry = dict[str, Any]
 
 LAST_INSTANT = "9999-12-31T23:59:59.999999Z"
 _INT_MAX = (1 << 63) - 1
+OTHER_IDS_MAX = 100
+"""Of one component: one for each host that made it by itself. More are not taken in."""
 METADATA_KEPT_BYTES = 256 * 1024
 """A quarter of a frame (protocol.FRAME_MAX_BYTES); new ones may have 16 KiB."""
 
@@ -68,7 +71,8 @@ def difference(known: bytes, found: bytes) -> Difference:
     if document.whole:
         diff.removed = {name: base[name] for name in base.keys() - document.entries.keys() - unread}
     if diff.added:
-        by_id = {entry["id"]: name for name, entry in base.items()}
+        by_id = {other: name for name, entry in base.items() for other in other_ids(entry)}
+        by_id |= {entry["id"]: name for name, entry in base.items()}
         ids = (entry.get("id") for entry in diff.added.values())
         diff.owners = {id: by_id[id] for id in ids if isinstance(id, str) and id in by_id}
     return diff
@@ -133,6 +137,8 @@ class Merge:
     claims: set[str] = field(default_factory=set)
     """Names that have our claim there."""
     refused: list[Refusal] = field(default_factory=list)
+    stale: set[str] = field(default_factory=set)
+    """Names that have a ULID there which is not the preferred one."""
 
 
 def merge(diff: Difference, *, claimed: Collection[str], fresh: Collection[str] = ()) -> Merge:
@@ -171,7 +177,8 @@ def _merge_new(
             return
         out.adopted[name] = _without_faults(out, name, entry, {})
     elif owner in gone and owner not in claimed and not {owner, id} & set(fresh):
-        del gone[owner]
+        if id != gone.pop(owner)["id"]:
+            out.stale.add(name)
         out.renamed[owner] = name
     elif is_claim(lock) or id in fresh:
         return  # what an unfinished rename of ours left
@@ -206,7 +213,10 @@ def _merge_known(
     entry = _without_faults(out, name, entry, known)
     lock = entry.get("lock")
     writer = old_lock(lock)
-    if entry["id"] != known["id"]:
+    is_stale = entry["id"] != known["id"] and entry["id"] in other_ids(known)
+    if is_stale:
+        out.stale.add(name)
+    if entry["id"] != known["id"] and not is_stale:
         out.refused.append(Refusal("id", name, f"is {known['id']}, not {entry['id']}", writer))
     elif entry["component_type"] != known["component_type"]:
         what = f"is a {known['component_type']}, not a {entry['component_type']}"
@@ -244,6 +254,15 @@ def _update(known: Entry, entry: Entry, *, is_fresh: bool) -> Update:
         seen if seen is not None and seen > known["last_seen"] else None,
         workcell if workcell is not None and workcell != known.get("workcell_id") else None,
     )
+
+
+def other_ids(entry: Mapping[str, Any]) -> list[str]:
+    """Return the ULIDs that an entry says to be the same component, sound ones, at most OTHER_IDS_MAX."""
+    found = entry.get("other_ids")
+    if not isinstance(found, list):
+        return []
+    ids = dict.fromkeys(id for id in found if is_id(id) and id != entry["id"])
+    return list(ids)[:OTHER_IDS_MAX]
 
 
 def old_lock(lock: Any) -> OldLock | None:

@@ -60,6 +60,16 @@ OLD_CHANGE_REFUSED = Message("old_change_refused", "0a38e9dfecb746e2a373b8ce61b5
 OLD_NAMES_TAKEN_IN = Message("old_names_taken_in", "ff1e3b7a37674af7974ef5818eb5e7e8")
 HELD_TWICE = Message("held_twice", "6bb51461e3544fe99caf6a179bd58283")
 
+# the lab
+LAB_UP = Message("lab_up", "b129ae631b634577931c8522a8514fa7")
+LAB_AWAY = Message("lab_away", "03e021f997d04028a8d7aa4987b7c56c")
+LAB_REFUSED = Message("lab_refused", "de3398bc133a48e88dd6e57c734e5085")
+LAB_HOST_NEW = Message("lab_host_new", "6b5c124f0166411aab736e9211b75e37")
+HELD_IN_LAB_TOO = Message("held_in_lab_too", "21baad7161744bf8b60eb6c171422142")
+LOST_TO_LAB = Message("lost_to_lab", "9723b85b2fb04b359b9b687887f3df22")
+LAB_CONFLICT = Message("lab_conflict", "0560f5f5043f4edb8efa552ca35d73a4")
+LAB_CHANGE_REFUSED = Message("lab_change_refused", "df8fae5fef124e22a9fe22454e0550de")
+
 # ourselves
 FAULT = Message("fault", "7df30153673e47dc9d6ccf6f8dcd723f")
 ANSWER_TOO_LARGE = Message("answer_too_large", "805a645f5db545c6a16971183309f6ff")

@@ -27,6 +27,7 @@ from madsci_registryd.core import Core
 from madsci_registryd.meters import Histogram
 
 _PREFIX = "madsci_registryd_"
+_LAB_STATES = ("off", "connecting", "up", "away", "refused")
 _EXPORT_STATES = ("on", "off", "failing", "stopped")
 _PROOFS = ("pidfd", "pid", "connection")
 _PRESENCES = ("attached", "dropped", "detached")
@@ -62,6 +63,7 @@ class Metrics(Collector):
         yield from self._work()
         yield from self._commits()
         yield from self._file(status)
+        yield from _lab(status["lab"])
         yield from self._disk()
 
     def _sessions(self) -> Families:
@@ -138,6 +140,16 @@ def _about(status: dict[str, Any], started_at: float) -> Families:
     yield _gauge("epoch", "The epoch: it grows with each start.", status["epoch"])
     yield _gauge("revision", "The revision of the last event.", status["revision"])
     yield _gauge("degraded", "How many things `status` names as degraded.", len(status["degraded"]))
+
+
+def _lab(lab: dict[str, Any]) -> Families:
+    states = {(state,): int(lab["state"] == state) for state in _LAB_STATES}
+    yield _gauges("lab_state", "How the lab is reached: 1 for the present state.", ("state",), states)
+    yield _gauge("lab_behind", "Changes that the lab has not yet, at most 10,000.", lab.get("behind", 0))
+    locks = {(standing,): lab.get(standing, 0) for standing in ("confirmed", "unconfirmed")}
+    yield _gauges("lab_locks", "Held names, by how they stand in the lab.", ("standing",), locks)
+    yield _gauge("lab_contested", "Names that another host of the lab holds too.", len(lab.get("contested", ())))
+    yield _gauge("lab_conflicts", "Names for which the lab prefers another ULID.", lab.get("conflicts", 0))
 
 
 def _names(status: dict[str, Any]) -> Families:

@@ -13,14 +13,14 @@ from importlib.resources import files
 
 import apsw
 
-VERSION = 3
+VERSION = 4
 APPLICATION_ID = 0x4D526567
 """'MReg', in the file's header: tells our databases from foreign ones."""
 
 
 def _old_locks(db: apsw.Connection) -> None:
     """Version 2: the locks of old programs, from registry.json."""
-    db.execute(_table("old_locks"))
+    db.execute(_definition("TABLE old_locks"))
 
 
 def _uids(db: apsw.Connection) -> None:
@@ -37,13 +37,38 @@ def _uids(db: apsw.Connection) -> None:
     )
 
 
-def _table(name: str) -> str:
-    """Return the definition of a table as schema.sql has it."""
-    start = schema().index(f"CREATE TABLE {name} ")
+def _lab(db: apsw.Connection) -> None:
+    """Version 4: the lab. An identity changed last as its events say, else when it was made."""
+    db.execute(_definition("TABLE other_ids"))
+    for column in ("lab_term INTEGER", "first_token INTEGER"):
+        db.execute(f"ALTER TABLE locks ADD COLUMN {column}")
+    for column in ("changed_at TEXT NOT NULL DEFAULT ''", "preferred_id TEXT"):
+        db.execute(f"ALTER TABLE components ADD COLUMN {column}")
+    for index in (
+        "names_by_renamed_id",
+        "components_by_preferred_id",
+        "other_ids_by_component",
+        "identity_events",
+        "identity_events_by_id",
+        "retirements_by_id",
+    ):
+        db.execute(_definition(f"INDEX {index}"))
+    db.execute(
+        """UPDATE components SET changed_at = coalesce(
+             (SELECT at FROM events
+               WHERE id = components.id AND kind NOT IN ('granted', 'released', 'ended', 'broken', 'refused')
+               ORDER BY revision DESC LIMIT 1),
+             created_at)"""
+    )
+
+
+def _definition(what: str) -> str:
+    """Return the definition of a table or index as schema.sql has it."""
+    start = schema().index(f"CREATE {what} ")
     return schema()[start : schema().index(";", start)]
 
 
-STEPS: dict[int, Callable[[apsw.Connection], None]] = {2: _old_locks, 3: _uids}
+STEPS: dict[int, Callable[[apsw.Connection], None]] = {2: _old_locks, 3: _uids, 4: _lab}
 """Step n leads from version n-1 to n. Version 1 is the first."""
 
 

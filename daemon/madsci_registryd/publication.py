@@ -18,9 +18,11 @@ from madsci_registryd import fragments
 from madsci_registryd.clock import iso
 from madsci_registryd.core import Core
 from madsci_registryd.export import Want
+from madsci_registryd.fragments import Identity
 from madsci_registryd.intake import Intake
 from madsci_registryd.locks import Session
 from madsci_registryd.old_programs import OldPrograms
+from madsci_registryd.store import Row
 
 BUSY_S = 2.0
 """How long a request waits for the file lock."""
@@ -83,8 +85,10 @@ class Publication(OldPrograms, ABC):
         row = self._service.check(r)
         if row is None and r.name in self._leftovers:
             self.repair(r.name, self._leftovers.pop(r.name))
+        if row is None and self._service.lab.refusal(r.name) is not None:
+            return []  # it is refused, or made when the lab gives it
         if row is not None:
-            return [Want(r.name, fragments.of_row(row), lock=True)]
+            return [Want(r.name, self._identity_of(row), lock=True)]
         return [self._want_new(r.name, r.component_type, r.metadata or {}, lock=r.acquire_lock)]
 
     def for_many(self, who: Session, r: p.ResolveMany) -> list[Want]:
@@ -99,8 +103,10 @@ class Publication(OldPrograms, ABC):
     def for_rename(self, who: Session, r: p.Rename) -> list[Want]:
         self._intake.hurry_all()
         row = self._store.by_name(r.old)
-        if self.is_off or row is None or row.id != r.id or r.old == r.new or self._store.id_of(r.new) is not None:
+        if self.is_off or row is None or r.old == r.new or self._store.id_of(r.new) is not None:
             return []  # it is answered at once
+        if not self._service.is_id_of(row, r.id):
+            return []  # so is this
         if row.old_lock is not None or (row.lock is not None and not r.force):
             return []  # refused, and the file need not know
         self._service.check_new(r.new)
@@ -108,7 +114,7 @@ class Publication(OldPrograms, ABC):
             raise BusyError(f"{r.new!r} is just being made by somebody else; try again")
         self._leftovers[r.new] = row.id
         self._timers.after(2 * BUSY_S, lambda: self._clear_leftover(r.new))
-        identity = fragments.of_row(row)
+        identity = self._identity_of(row)
         # The old name too, though it may be claimed now: the claim could be given back meanwhile.
         return [Want(name, identity, lock=True) for name in (r.old, r.new)]
 
@@ -136,7 +142,8 @@ class Publication(OldPrograms, ABC):
 
     def _want_new(self, name: str, component_type: str, metadata: dict[str, Any], *, lock: bool) -> Want:
         if name not in self.minted:
-            self._mint(name, Minted(str(ulid.ULID()), component_type, self._now(), metadata))
+            id = self._service.lab.id_for(name) or str(ulid.ULID())
+            self._mint(name, Minted(id, component_type, self._now(), metadata))
         return Want(name, fragments.of_entry(self.minted[name].entry()), lock)
 
     def _mint(self, name: str, minted: Minted) -> None:
@@ -154,6 +161,9 @@ class Publication(OldPrograms, ABC):
             self._intake.adopt(name, minted.entry())
         else:
             del self.minted[name]
+
+    def _identity_of(self, row: Row) -> Identity:
+        return fragments.of_row(row, self._store.other_ids(row.id))
 
     def _now(self) -> str:
         return iso(self._clock.wall())

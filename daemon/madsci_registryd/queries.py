@@ -4,12 +4,14 @@ _COMPONENT = """
     SELECT c.id, c.name, c.component_type, c.retired, c.created_at, c.last_seen, c.metadata,
            c.created_session, c.created_seq, n.last_token, c.workcell_id,
            l.session_id, l.instance, l.fencing_token, l.acquired_at, l.seq,
-           o.holder_pid, o.holder_host, o.holder_instance, o.acquired_at, o.heartbeat_at, o.expires_at
+           o.holder_pid, o.holder_host, o.holder_instance, o.acquired_at, o.heartbeat_at, o.expires_at,
+           c.changed_at, c.preferred_id, l.lab_term, l.first_token
       FROM components c JOIN names n ON n.name = c.name LEFT JOIN locks l ON l.id = c.id
            LEFT JOIN old_locks o ON o.id = c.id
 """
 COMPONENT_BY_NAME = _COMPONENT + " WHERE c.name = ?"
 COMPONENT_BY_ID = _COMPONENT + " WHERE c.id = ?"
+COMPONENT_BY_OTHER_ID = _COMPONENT + " WHERE c.id = (SELECT component_id FROM other_ids WHERE id = ?)"
 LIST = (
     _COMPONENT
     + """
@@ -28,20 +30,48 @@ NAME_ROW = """
 ADD_NAME = "INSERT INTO names (name) VALUES (?) ON CONFLICT DO NOTHING"
 ADD_COMPONENT = """
     INSERT INTO components (id, name, component_type, retired, created_at, last_seen, metadata, workcell_id,
-                            created_session, created_seq, created_uid, last_uid)
-    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?11)"""
-SET_METADATA = "UPDATE components SET metadata = ? WHERE id = ?"
+                            changed_at, created_session, created_seq, created_uid, last_uid)
+    VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?12)"""
+SET_METADATA = "UPDATE components SET metadata = ?, changed_at = ? WHERE id = ?"
 SET_WORKCELL = "UPDATE components SET workcell_id = ? WHERE id = ?"
-SET_RETIRED = "UPDATE components SET retired = ? WHERE id = ?"
+SET_RETIRED = "UPDATE components SET retired = ?, changed_at = ? WHERE id = ?"
 SET_LAST_SEEN = "UPDATE components SET last_seen = ? WHERE id = ?"
 SET_LAST_HOLDER = "UPDATE components SET last_seen = ?, last_uid = ? WHERE id = ?"
 LAST_UID = "SELECT last_uid FROM components WHERE id = ?"
 NAMES_OF_UID = "SELECT count(*) FROM components WHERE created_uid = ?"
-SET_NAME = "UPDATE components SET name = ? WHERE id = ?"
+SET_NAME = "UPDATE components SET name = ?, changed_at = ?, preferred_id = NULL WHERE id = ?"
 SET_RENAMED = "UPDATE names SET renamed_id = ? WHERE name = ?"
 RAISE_TOKEN = "UPDATE names SET last_token = max(last_token, ?) WHERE name = ?"
 
-ADD_LOCK = "INSERT INTO locks (id, session_id, instance, fencing_token, acquired_at, seq) VALUES (?, ?, ?, ?, ?, ?)"
+OTHER_IDS = "SELECT id FROM other_ids WHERE component_id = ? ORDER BY id"
+ALL_OTHER_IDS = "SELECT component_id, id FROM other_ids ORDER BY id"
+ADD_OTHER_ID = "INSERT INTO other_ids (id, component_id) VALUES (?, ?)"
+PREFERRED_OF_SESSION = """
+    SELECT c.name FROM components c JOIN locks l ON l.id = c.id
+     WHERE c.preferred_id IS NOT NULL AND l.session_id = ? ORDER BY c.name"""
+PREFERRED_COUNT = "SELECT count(*) FROM components WHERE preferred_id IS NOT NULL"
+SET_PREFERRED = "UPDATE components SET preferred_id = ? WHERE id = ?"
+CHANGE_ID = """
+    PRAGMA defer_foreign_keys = ON;
+    UPDATE components SET id = :new, preferred_id = NULL WHERE id = :old;
+    UPDATE locks SET id = :new WHERE id = :old;
+    UPDATE old_locks SET id = :new WHERE id = :old;
+    UPDATE names SET renamed_id = :new WHERE renamed_id = :old;
+    UPDATE other_ids SET component_id = :new WHERE component_id = :old;
+    DELETE FROM other_ids WHERE id = :new;
+    INSERT INTO other_ids (id, component_id) VALUES (:old, :new);
+    PRAGMA defer_foreign_keys = OFF"""
+"""All that refers to a component refers to it by its id."""
+
+ADD_LOCK = """
+    INSERT INTO locks (id, session_id, instance, fencing_token, acquired_at, seq, lab_term)
+    VALUES (?, ?, ?, ?, ?, ?, ?)"""
+CONFIRM_LOCK = """
+    UPDATE locks SET first_token = iif(fencing_token < :token, coalesce(first_token, fencing_token), first_token),
+                     fencing_token = max(fencing_token, :token), lab_term = :lab_term
+     WHERE id = :id"""
+LAB_LOCKS = """
+    SELECT c.name, c.id, l.fencing_token, l.lab_term FROM locks l JOIN components c ON c.id = l.id ORDER BY c.name"""
 SET_LOCK_TOKEN = "UPDATE locks SET fencing_token = ? WHERE id = ?"
 DROP_LOCK = "DELETE FROM locks WHERE id = ?"
 LOCKS_OF_SESSION = """
@@ -75,21 +105,45 @@ ADD_EVENT = """
     INSERT INTO events (revision, at, kind, name, id, uid, pid, session, why) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 _EVENT = "SELECT revision, at, kind, name, id, uid, pid, session, why FROM events"
 EVENTS = _EVENT + " WHERE revision > ? ORDER BY revision LIMIT ?"
-EVENTS_OF = (
-    _EVENT
-    + """
-     WHERE revision IN (
-        SELECT revision FROM events WHERE name = :name AND revision > :after
-         UNION
-        SELECT revision FROM events WHERE id = :id AND revision > :after
-         ORDER BY revision LIMIT :limit)
-     ORDER BY revision"""
-)
-"""Both indexes give revisions in order, so they are merged only as far as the limit."""
-CHANGED_AFTER = """
-    SELECT DISTINCT id FROM events
-     WHERE revision > ? AND id IS NOT NULL AND kind NOT IN ('granted', 'released', 'ended', 'broken', 'refused')"""
+_EVENTS_OF = """
+    SELECT revision FROM events WHERE name = ?1 AND revision > ?2
+     UNION {of_ids}
+     ORDER BY revision LIMIT ?3"""
+_OF_ID = "SELECT revision FROM events WHERE id = ?{n} AND revision > ?2"
+
+
+def events_of(ids: int) -> str:
+    """Events of a name and of so many ULIDs. The indexes give revisions in order, so they are merged only as far as
+    the limit."""
+    of_ids = " UNION ".join(_OF_ID.format(n=n) for n in range(4, 4 + ids))
+    return f"{_EVENT} WHERE revision IN ({_EVENTS_OF.format(of_ids=of_ids)}) ORDER BY revision"
+
+
+_IDENTITY = "kind NOT IN ('granted', 'released', 'ended', 'broken', 'refused')"
+"""Word for word as the indexes of these events have it, else SQLite does not use them."""
+CHANGED_AFTER = f"""
+    SELECT DISTINCT id FROM events INDEXED BY identity_events WHERE revision > ? AND id IS NOT NULL AND {_IDENTITY}"""
 LAST_REVISION = "SELECT coalesce(max(revision), 0) FROM events"
+
+_FOR_LAB = f"{_IDENTITY} AND kind IN ('created', 'restored', 'renamed', 'retired', 'revived', 'metadata')"
+IDENTITY_EVENTS = f"""
+    SELECT revision, at, kind, name, id, why -> '$.metadata' FROM events INDEXED BY identity_events
+     WHERE revision > ? AND id IS NOT NULL AND {_FOR_LAB} ORDER BY revision LIMIT ?"""
+COUNT_IDENTITY_EVENTS = f"""
+    SELECT count(*) FROM (
+        SELECT 1 FROM events INDEXED BY identity_events WHERE revision > ? AND id IS NOT NULL AND {_FOR_LAB} LIMIT ?)"""
+LAST_IDENTITY_REVISION = f"SELECT coalesce(max(revision), 0) FROM events WHERE {_IDENTITY}"
+IS_IDENTITY_REVISION = f"SELECT 1 FROM events WHERE revision = ? AND {_IDENTITY}"
+HAS_CHANGED_AFTER = f"""
+    SELECT 1 FROM events INDEXED BY identity_events_by_id WHERE id = ? AND revision > ? AND {_FOR_LAB}"""
+METADATA_AT = f"""
+    SELECT revision, why -> '$.metadata' FROM events INDEXED BY identity_events_by_id
+     WHERE id = ? AND revision <= ? AND {_IDENTITY} AND kind IN ('created', 'restored', 'metadata')
+     ORDER BY revision DESC LIMIT 1"""
+_RETIREMENT = "SELECT revision, kind = 'retired' FROM events WHERE id = ? AND kind IN ('retired', 'revived')"
+RETIRED_BEFORE = _RETIREMENT + " AND revision <= ? ORDER BY revision DESC LIMIT 1"
+RETIRED_AFTER = _RETIREMENT + " AND revision > ? ORDER BY revision LIMIT 1"
+
 COUNT_EVENTS = "SELECT count(*) FROM events"
 OLDEST_EVENTS = "SELECT revision, at FROM events WHERE revision > ? ORDER BY revision LIMIT ?"
 TRIM_LOCK_EVENTS = """
@@ -97,6 +151,8 @@ TRIM_LOCK_EVENTS = """
      WHERE revision > ? AND revision <= ? AND kind IN ('granted', 'released', 'ended', 'broken', 'refused')"""
 
 GET_META = "SELECT value FROM meta WHERE key = ?"
+LOCK_COUNT = "SELECT count(*) FROM locks"
+DROP_META = "DELETE FROM meta WHERE key = ?"
 SET_META = "INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
 HIGHEST_TOKEN = "SELECT coalesce(max(last_token), 0) FROM names"
 KEEP_COUNTS = """

@@ -13,7 +13,7 @@ from madsci_registryd.clock import Clock, iso
 from madsci_registryd.locks import Queues, Session
 from madsci_registryd.service import Service
 from madsci_registryd.store import Row, Store
-from madsci_registryd.views import component, exported, session_info
+from madsci_registryd.views import exported, session_info
 
 PAGE_ROWS = 50
 """Rows a page at most, so that one page holds the loop for a few milliseconds only."""
@@ -54,14 +54,14 @@ class Reads:
         row = self._store.by_name(r.name)
         if row is None:
             raise self._service.not_found(r.name)
-        return {"component": self._component(row)}
+        return {"component": self._service.show(row)}
 
     def whois(self, who: Session, r: p.Whois) -> dict[str, Any]:
         """Answer all about a ULID."""
         row = self._store.by_id(r.id)
         if row is None:
             raise NotFoundError(f"no component has the id {r.id!r}", id=r.id)
-        return {"component": self._component(row)}
+        return {"component": self._service.show(row)}
 
     def list(self, who: Session, r: p.List) -> dict[str, Any]:
         """Answer a page of components in the order of their names."""
@@ -81,7 +81,7 @@ class Reads:
             retired=retired,
             held={"held": True, "free": False}.get(r.state or ""),
         )
-        page, cut = cut_page(rows, self._component)
+        page, cut = cut_page(rows, self._service.show)
         return {"components": page, "cursor": rows[len(page) - 1].name if cut else end}
 
     def history(self, who: Session, r: p.History) -> dict[str, Any]:
@@ -139,9 +139,7 @@ class Reads:
         wall = self._clock.wall()
         now, expires_at = iso(wall), iso(wall + CLASSIC_LOCK_TTL_S)
         rows = self._store.components(cursor=r.cursor or "", limit=PAGE_ROWS)
-        page, cut = cut_page(
-            rows, lambda row: (row.name, exported(self._service.session, self._service.host, row, now, expires_at))
-        )
+        page, cut = cut_page(rows, lambda row: (row.name, self._exported(row, now, expires_at)))
         return {
             "registry": {"version": 1, "created_at": self._store.meta("created_at"), "updated_at": now},
             "entries": dict(page),
@@ -149,8 +147,9 @@ class Reads:
             "cursor": rows[len(page) - 1].name if cut else None,
         }
 
-    def _component(self, row: Row) -> dict[str, Any]:
-        return component(self._service.session, self._service.host, row, self._queues.count(row.name))
+    def _exported(self, row: Row, now: str, expires_at: str) -> dict[str, Any]:
+        others = self._store.other_ids(row.id)
+        return exported(self._service.session, self._service.host, row, now, expires_at, others)
 
 
 def cut_page(rows: list[T], view: Callable[[T], Any]) -> tuple[list[Any], bool]:

@@ -15,10 +15,10 @@ from madsci_registry.errors import NoSpaceError, RegistryError, SessionRequiredE
 from madsci_registryd import messages
 from madsci_registryd.batch import Batch, Write, always
 from madsci_registryd.clock import Clock, Timers
-from madsci_registryd.locks import Claim, ClaimEvent, ClaimState, Presence, Queues, Session, claim_expires_at
+from madsci_registryd.locks import Claim, Presence, Queues, Session, claim_expires_at
 from madsci_registryd.reads import Reads
 from madsci_registryd.service import PARKED, Service
-from madsci_registryd.transaction import Tx
+from madsci_registryd.transaction import Told, Tx
 from madsci_registryd.watchers import Watchers
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,12 @@ class Registrar:
         self.service = service
         self.reads = reads
         self._batch = batch
+        batch.tell = self._told
+
+    def _told(self, told: Told) -> None:
+        self.tell(told.session, told.line)
+        if told.line["op"] == "lost":
+            _log_broken(told.line)
 
     # sessions
 
@@ -183,14 +189,8 @@ class Registrar:
         for claim in tx.waiting:
             self._enqueue(claim)
         for claim, result in tx.settled:
-            refused = isinstance(result, RegistryError)
-            claim.finish(ClaimEvent.REFUSE if refused else ClaimEvent.CONFIRM)
             self.queues.remove(claim)
             self._answer(claim, outcome(result))
-        for told in tx.told:
-            self.tell(told.session, told.line)
-            if told.line["op"] == "lost":
-                _log_broken(told.line)
         for session in tx.ended:
             if session.id in self.sessions:  # found dead just before the commit
                 self.end_session(session, "its process died")
@@ -198,20 +198,6 @@ class Registrar:
             if session.presence is not Presence.ENDED and self.is_dead(session):
                 self.end_session(session, "its process died")
         self.watchers.look()
-
-    def settle(self, claim: Claim, refusal: RegistryError | None) -> None:
-        """Go on with a pending claim when outside has answered: grant it, or refuse it with that error."""
-        service = self.service
-
-        def do(tx: Tx) -> None:
-            if claim.state is not ClaimState.PENDING:
-                return  # withdrawn meanwhile; the stage was told
-            if refusal is None:
-                service.confirm(tx, claim)
-            else:
-                service.refuse(tx, claim, refusal)
-
-        self.submit(Write(do, lambda result: None))
 
     def _enqueue(self, claim: Claim) -> None:
         if claim.owner.session not in self.sessions:
@@ -245,9 +231,6 @@ class Registrar:
 
     def drop_claim(self, claim: Claim) -> None:
         """Take a claim out unanswered; the name may be the next one's now."""
-        if claim.state is ClaimState.PENDING:
-            self.service.withdraw(claim)
-        claim.move(ClaimEvent.WITHDRAW)
         self.queues.remove(claim)
         self._parked.pop(claim.key, None)
         self.reconsider(claim.name)
@@ -273,6 +256,10 @@ class Registrar:
 
 def _log_broken(line: dict[str, Any]) -> None:
     by = line["by"]
+    if "host" in by:
+        extra = messages.LOST_TO_LAB(name=line["name"], fencing_token=line["fencing_token"], **by)
+        log.warning("the lock of %r is lost: %s", line["name"], line["reason"], extra=extra)
+        return
     extra = messages.LOCK_BROKEN(name=line["name"], fencing_token=line["fencing_token"], **by)
     what = line["name"], by["uid"], by["pid"], line["reason"]
     log.warning("the lock of %r was broken by uid %s (pid %s): %s", *what, extra=extra)

@@ -3,7 +3,8 @@
 A restore is the backup plus whatever the live database and registry.json know beyond it. Identities are never
 unlearnt: where the live database is whole, it is the base and the backup adds to it; where it is not, it is put aside
 and the backup is the base, to which is added what can still be read elsewhere. Where one name has two ULIDs, both stay
-known: the name keeps the ULID of the base, and that is reported. Fencing tokens only grow: the highest of both counts.
+known: the name keeps the ULID of the base, and that is reported; but ULIDs that either side knows as one component stay
+one. Fencing tokens only grow: the highest of both counts.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from madsci_registry import registry_json
 from madsci_registryd import database, holders, messages, offline
@@ -22,6 +24,7 @@ from madsci_registryd.clock import SystemClock, instant, iso
 from madsci_registryd.faults import CannotCreate, CorruptDatabase, DiskFull, NotOurDatabase, os_fault
 from madsci_registryd.identities import TOKENS_A_TERM
 from madsci_registryd.instance import InstanceLock
+from madsci_registryd.merging import other_ids
 from madsci_registryd.settings import Places, Settings
 from madsci_registryd.store import Store
 
@@ -29,7 +32,25 @@ log = logging.getLogger(__name__)
 
 _ROWS = """
     SELECT c.id, c.name, c.component_type, c.retired, c.created_at, c.last_seen, c.metadata, c.workcell_id,
-           n.last_token FROM components c JOIN names n ON n.name = c.name"""
+           {changed_at}, n.last_token FROM components c JOIN names n ON n.name = c.name"""
+_OTHER_IDS = "SELECT component_id, id FROM other_ids"
+_LAB_VERSION = 4
+"""The schema that brought `changed_at` and other_ids."""
+
+
+class Found(NamedTuple):
+    """A component that a source of the restore knows."""
+
+    id: str
+    name: str
+    component_type: str
+    retired: int
+    created_at: str
+    last_seen: str
+    metadata: str
+    workcell_id: str | None
+    changed_at: str
+    last_token: int
 
 
 def verify_database(settings: Settings) -> list[str]:
@@ -158,25 +179,37 @@ def _replace(places: Places, staged: Path) -> list[str]:
 
 def _salvage(path: Path, damaged: Path) -> list[str]:
     """Add what a damaged database still gives. Read only from a copy opened as data, row by row."""
-    rows: list[tuple[Any, ...]] = []
+    rows: list[Found] = []
+    others: dict[str, list[str]] = {}
+    gave_up = []
     try:
         db = database.Connection(str(damaged))
         try:
-            rows.extend(db.execute(_ROWS))
+            _read(db, rows, others)
         finally:
             db.close()
     except (database.DatabaseError, UnicodeDecodeError) as error:
-        rows_read = f"{len(rows)} rows read before: {error}"
-        return [*_add(path, rows, "the damaged database"), f"the damaged database gave up ({rows_read})"]
-    return _add(path, rows, "the damaged database")
+        gave_up = [f"the damaged database gave up ({len(rows)} rows read before: {error})"]
+    return [*_add(path, rows, others, "the damaged database"), *gave_up]
+
+
+def _read(db: database.Connection, rows: list[Found], others: dict[str, list[str]]) -> None:
+    """Add to `rows` the components of a database, of whatever schema, and to `others` what other ULIDs they have."""
+    has_lab = int(str(db.pragma("user_version"))) >= _LAB_VERSION
+    for id, other in db.execute(_OTHER_IDS) if has_lab else ():
+        others.setdefault(id, []).append(other)
+    changed_at = "c.changed_at" if has_lab else "c.created_at"
+    rows.extend(Found(*row) for row in db.execute(_ROWS.format(changed_at=changed_at)))
 
 
 def _merge(path: Path, staged: Path) -> list[str]:
     db = database.open_database(staged)
-    rows: list[tuple[Any, ...]] = list(db.execute(_ROWS))
+    rows: list[Found] = []
+    others: dict[str, list[str]] = {}
+    _read(db, rows, others)
     tokens = list(db.execute("SELECT name, last_token FROM names"))
     db.close()
-    report = _add(path, rows, "the backup")
+    report = _add(path, rows, others, "the backup")
     live = database.open_database(path)
     with database.transaction(live):
         for name, token in tokens:
@@ -209,41 +242,72 @@ def _adopt_json(places: Places) -> list[str]:
         return []
     except OSError as error:
         return [f"{places.registry} could not be read: {error}"]
-    rows = []
+    rows, others = [], {}
     for name, entry in document.entries.items():
         if registry_json.entry_fault(name, entry):
             continue
         text = json.dumps(entry.get("metadata") or {})
         now = iso(SystemClock().wall())
-        seen = (instant(entry.get("created_at")) or now, instant(entry.get("last_seen")) or now)
-        rows.append((entry["id"], name, entry["component_type"], 0, *seen, text, entry.get("workcell_id"), 0))
+        made, seen = instant(entry.get("created_at")) or now, instant(entry.get("last_seen")) or now
+        found = (entry["id"], name, entry["component_type"], 0, made, seen, text, entry.get("workcell_id"), made, 0)
+        rows.append(Found(*found))
+        others[entry["id"]] = other_ids(entry)
     unread = [f"{places.registry}: {fault}" for fault in document.faults]
-    return _add(places.database, rows, str(places.registry)) + unread
+    return _add(places.database, rows, others, str(places.registry)) + unread
 
 
-def _add(path: Path, rows: list[tuple[Any, ...]], source: str) -> list[str]:
-    """Add the components that the database at `path` does not know, in one transaction."""
+def _add(path: Path, rows: list[Found], others: dict[str, list[str]], source: str) -> list[str]:
+    """Add what the database at `path` does not know of these components, in one transaction."""
     report = []
     db = database.open_database(path)
     store = Store(db)
     now = iso(SystemClock().wall())
     with database.transaction(db):
-        for id, name, component_type, retired, created_at, last_seen, metadata, workcell_id, token in rows:
-            if not (registry_json.is_id(id) and isinstance(name, str)) or store.by_id(id) is not None:
+        for found in rows:
+            if not (registry_json.is_id(found.id) and isinstance(found.name, str)):
                 continue
-            taken = store.by_name(name)
-            shown = name
-            if taken is not None:
-                shown = f"{name} ({id})"
-                report.append(f"conflict: {name!r} is {taken.id}; {id} from {source} is kept as {shown!r}, retired")
-            else:
-                report.append(f"added {name!r} = {id} from {source}")
-            store.add_component(
-                id, shown, component_type, now, metadata, created_at=created_at, last_seen=last_seen,
-                retired=bool(retired) or taken is not None, workcell_id=workcell_id,
-            )  # fmt: skip
-            db.execute("UPDATE names SET last_token = max(last_token, ?) WHERE name = ?", (token, shown))
-            why = {"from": source, "component_type": component_type}
-            store.add_event("restored", now, name=shown, id=id, uid=os.geteuid(), pid=os.getpid(), why=why)
+            report += _add_one(store, found, others.get(found.id, ()), source, now)
     db.close()
     return report
+
+
+def _add_one(store: Store, found: Found, others: Sequence[str], source: str, now: str) -> list[str]:
+    """Add a component, or what of its ULIDs is not known, and report that."""
+    others = [other for other in others if registry_json.is_id(other)]
+    known = store.by_id(found.id)
+    same = known or next((row for row in map(store.by_id, others) if row is not None), None)
+    report = []
+    if same is None:
+        report.append(_add_component(store, found, source, now))
+    elif known is None:
+        store.change_id(same.id, found.id)
+        why = {"was": same.id, "by": source}
+        store.add_event("preferred", now, name=same.name, id=found.id, uid=os.geteuid(), pid=os.getpid(), why=why)
+        report.append(f"{same.name!r} is {found.id} now, as {source} has it; {same.id} stays known as the same one")
+    home = store.by_id(found.id)
+    assert home is not None
+    for other in others:
+        if store.by_id(other) is None:
+            store.add_other_id(home.id, other)
+            report.append(f"{home.name!r} = {home.id} is {other} too, as {source} has it")
+    return report
+
+
+def _add_component(store: Store, found: Found, source: str, now: str) -> str:
+    taken = store.by_name(found.name)
+    shown = found.name
+    if taken is not None:
+        shown = f"{found.name} ({found.id})"
+        line = f"conflict: {found.name!r} is {taken.id}; {found.id} from {source} is kept as {shown!r}, retired"
+    else:
+        line = f"added {found.name!r} = {found.id} from {source}"
+    retired = bool(found.retired) or taken is not None
+    store.add_component(
+        found.id, shown, found.component_type, now, found.metadata, created_at=found.created_at,
+        last_seen=found.last_seen, changed_at=found.changed_at, retired=retired, workcell_id=found.workcell_id,
+    )  # fmt: skip
+    store.raise_token(shown, found.last_token)
+    metadata = json.loads(found.metadata)
+    why = {"from": source, "component_type": found.component_type, "retired": retired, "metadata": metadata}
+    store.add_event("restored", now, name=shown, id=found.id, uid=os.geteuid(), pid=os.getpid(), why=why)
+    return line

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from madsci_registry import protocol as p
 from madsci_registry.errors import (
@@ -30,8 +30,10 @@ from madsci_registry.errors import (
     WrongTypeError,
 )
 from madsci_registry.names import check_metadata, check_name
-from madsci_registryd.identities import TOKENS_A_TERM, Identities, merged
-from madsci_registryd.locks import Claim, ClaimEvent, Identity, Owner, Queues, Session, Verdict, decide, next_claim
+from madsci_registryd.clock import instant
+from madsci_registryd.identities import TOKENS_A_TERM, merged
+from madsci_registryd.lab_rulings import LabRulings
+from madsci_registryd.locks import Claim, Identity, Owner, Queues, Session, Verdict, decide, next_claim
 from madsci_registryd.quotas import Usage
 from madsci_registryd.store import Lock, Row, Store
 from madsci_registryd.transaction import Told, Tx
@@ -46,18 +48,7 @@ PARKED = Parked()
 Reply = dict[str, Any] | Parked
 
 
-class OutsideStage:
-    """Something to be asked between the decision to grant and the commit. This one asks nobody."""
-
-    def begin(self, claim: Claim) -> bool:
-        """Begin to ask; True: go on at once. False: the caller confirms or refuses the claim later."""
-        return True
-
-    def withdraw(self, claim: Claim) -> None:
-        """Undo what was begun for a claim that is not wanted any more."""
-
-
-class Service(Identities):
+class Service(LabRulings):
     """The verbs of locks, on top of those of identities. Belongs to the thread that owns the database."""
 
     def __init__(
@@ -69,7 +60,6 @@ class Service(Identities):
         *,
         epoch: int,
         host: str,
-        stage: OutsideStage | None = None,
     ) -> None:
         super().__init__(store, queues, sessions, epoch=epoch, host=host)
         self.no_grants_before = 0.0
@@ -80,7 +70,6 @@ class Service(Identities):
         self.waiting: Usage
         """How many requests of each user wait for a name."""
         self._new_id = new_id
-        self._stage = stage or OutsideStage()
 
     # resolve
 
@@ -89,6 +78,8 @@ class Service(Identities):
         if r.seq in who.withdrawn:
             raise RegistryTimeoutError("the request was withdrawn before it was run; nothing changed")
         row = self.check(r)
+        if row is None:
+            self._check_with_lab(r)
         if not r.acquire_lock:
             return self._identity(tx, who, r, row)[1]
         owner = Owner(who.id, r.instance)
@@ -104,17 +95,11 @@ class Service(Identities):
         if verdict is Verdict.GRANT:
             verdict = self._now_or_later(tx, r.name, row, may_wait=may_wait)
         if verdict is Verdict.HELD:
-            raise held_by(self.session, self.host, r.name, row, who, waiting=ahead)
-        if verdict is Verdict.SAME:
+            raise self._held(r.name, row, who, waiting=ahead)
+        if verdict is not Verdict.QUEUE:
             return self._take(tx, who, r, row)
-        new = Claim(r.name, owner, r.seq, r, tx.monotonic + r.wait_s)
-        if verdict is Verdict.QUEUE:
-            self.waiting.take(who.uid)
-        if verdict is Verdict.GRANT:
-            if self._stage.begin(new):
-                return self._take(tx, who, r, row)
-            new.move(ClaimEvent.TURN)
-        tx.waiting.append(new)
+        self.waiting.take(who.uid)
+        tx.waiting.append(Claim(r.name, owner, r.seq, r, tx.monotonic + r.wait_s))
         return PARKED
 
     def _now_or_later(self, tx: Tx, name: str, row: Row | None, *, may_wait: bool) -> Verdict:
@@ -123,12 +108,19 @@ class Service(Identities):
             if not may_wait:
                 raise BusyError(f"{self.why_no_grants}: holders have 10 s to come back; try again")
             return Verdict.QUEUE
+        if (row is None or row.old_lock is None) and not self.lab.ready(name):
+            return self._later_by_lab(name, may_wait=may_wait)
         if self.old_programs.ready(name):
             return Verdict.GRANT
         self.old_programs.want(name)
         if not may_wait and (row is None or row.old_lock is None):
             raise BusyError(f"{name!r} cannot be kept from old programs just now; try again")
         return Verdict.QUEUE if may_wait else Verdict.HELD
+
+    def _held(self, name: str, row: Row | None, who: Session, **facts: Any) -> RegistryError:
+        """Say who holds a name; where nobody does here, by what the lab said."""
+        said = self.lab.refusal(name) if row is None or (row.lock is None and row.old_lock is None) else None
+        return said or held_by(self.session, self.host, name, row, who, **facts)
 
     def _renew(self, tx: Tx, who: Session, r: p.Resolve, claim: Claim, row: Row | None) -> Reply:
         """Keep a waiter's place for another request of its chain."""
@@ -191,22 +183,28 @@ class Service(Identities):
         else:
             lock = self._grant(tx, who, row, r)
         answer["fencing_token"], answer["acquired_at"] = lock.fencing_token, lock.acquired_at
+        answer["lab"] = self.lab.standing(row._replace(lock=lock))
         return answer
 
     def _grant(self, tx: Tx, who: Session, row: Row, r: p.Resolve) -> Lock:
-        token = self._next_token(tx, row.last_token)
+        term = self.lab.term(row.name)
+        token = self._next_token(tx, row.last_token, term)
         owner = Owner(who.id, r.instance)
         self._store_session(tx, who)
-        self.store.add_lock(row, owner, token, tx.now, r.seq, who.uid)
+        self.store.add_lock(row, owner, token, tx.now, r.seq, who.uid, term)
+        self.lab.granted(row.name, term)
         self._event(tx, who, "granted", row, fencing_token=token)
         tx.granted.append(who)
-        return Lock(owner, token, tx.now, r.seq)
+        return Lock(owner, token, tx.now, r.seq, term)
 
     def _identity(self, tx: Tx, who: Session, r: p.Resolve, row: Row | None) -> tuple[Row, dict[str, Any]]:
         """Make, revive or merge as needed and return the component and the answer without its lock."""
+        source, lab = "local", None
         if row is None:
-            row = self._create(tx, who, r)
+            lab = self.lab.known(r.name)
+            row, source = self._create(tx, who, r)
         else:
+            row = self._preferred(tx, who, r, row)
             if row.retired:
                 self._set_retired(tx, who, row, False)
             text = merged(row, r.metadata, ()) if r.metadata is not None else row.metadata
@@ -220,25 +218,38 @@ class Service(Identities):
             "name": row.name,
             "component_type": row.component_type,
             "is_new": is_new,
-            "source": "local",
+            "source": source,
+            "lab": lab,
             "fencing_token": None,
             "acquired_at": None,
             "warnings": self._warnings(row) if is_new else [],
         }
 
-    def _create(self, tx: Tx, who: Session, r: p.Resolve) -> Row:
+    def _preferred(self, tx: Tx, who: Session, r: p.Resolve, row: Row) -> Row:
+        """Let a component have the ULID that the lab prefers, unless somebody else goes by the present one."""
+        is_others = row.old_lock is not None or (row.lock is not None and row.lock.owner != (who.id, r.instance))
+        if row.preferred_id is None or is_others or not self.prefer(tx, row):
+            return row
+        return self._get(row.name)
+
+    def _create(self, tx: Tx, who: Session, r: p.Resolve) -> tuple[Row, Literal["local", "lab"]]:
+        """Make a component: with the ULID that registry.json shows, or the lab has, or a new one."""
         self.names.take(who.uid)
-        text = check_metadata(r.metadata or {})
+        found = self.lab.found(r.name)
+        id = self.old_programs.id_for(r.name) or self.lab.id_for(r.name) or self._new_id()
+        is_labs = found is not None and found.id == id and not found.is_new
+        text = check_metadata((found.metadata if found and is_labs else {}) | (r.metadata or {}))
         self._store_session(tx, who)
-        made_by = who.id, r.seq
-        before = self.store.name_row(r.name)
-        last_token = before.last_token if before else 0
-        id = self.old_programs.id_for(r.name) or self._new_id()
-        row = Row(id, r.name, r.component_type, False, tx.now, tx.now, text, made_by, last_token, None, None, None)
-        self.store.add_component(row.id, r.name, r.component_type, tx.now, text, created_by=made_by, uid=who.uid)
-        self._event(tx, who, "created", row, component_type=r.component_type, metadata=json.loads(text))
+        made_by = (None, None) if is_labs else (who.id, r.seq)
+        created_at = (instant(found.created_at) if found and is_labs else None) or tx.now
+        self.store.add_component(
+            id, r.name, r.component_type, tx.now, text, created_by=made_by, created_at=created_at, uid=who.uid
+        )
+        row = self._get(r.name)
+        why = {"component_type": r.component_type, "metadata": json.loads(text)} | ({"from": "lab"} if is_labs else {})
+        self._event(tx, who, "created", row, **why)
         tx.durable = True
-        return row
+        return row, "lab" if is_labs else "local"
 
     def _warnings(self, row: Row) -> list[str]:
         before = self.store.name_row(row.name)
@@ -267,22 +278,14 @@ class Service(Identities):
         claim = next_claim(claims, may_hear)
         if claim is None:
             return
+        if not self.lab.ready(name):
+            self.lab.want(name)
+            return
         if not self.old_programs.ready(name):
             self.old_programs.want(name)
             return
-        if not self._stage.begin(claim):
-            claim.move(ClaimEvent.TURN)
-            return
         for same in (c for c in claims if c.owner == claim.owner):
             self._settle(tx, same)
-
-    def confirm(self, tx: Tx, claim: Claim) -> None:
-        """Grant a pending claim that outside agreed to."""
-        self._settle(tx, claim)
-
-    def withdraw(self, claim: Claim) -> None:
-        """Let outside undo what was begun for a pending claim that is not wanted any more."""
-        self._stage.withdraw(claim)
 
     def _settle(self, tx: Tx, claim: Claim) -> None:
         who = self.session(claim.owner.session)
@@ -292,11 +295,6 @@ class Service(Identities):
         except RegistryError as error:  # the world changed while it waited: another type, a full metadata
             tx.settled.append((claim, error))
             tx.freed.append(claim.name)
-
-    def refuse(self, tx: Tx, claim: Claim, error: RegistryError) -> None:
-        """End a pending claim that outside said no to."""
-        tx.settled.append((claim, error))
-        tx.freed.append(claim.name)
 
     def overdue(self, claim: Claim, now: float) -> RegistryError | None:
         """Answer a claim whose request has waited long enough: None while it has not, else waiting or held."""
@@ -309,17 +307,16 @@ class Service(Identities):
         who = self.session(claim.owner.session)
         assert who is not None
         row = self.store.by_name(claim.name)
-        return held_by(
-            self.session, self.host, claim.name, row, who, place=place, waiting=self.queues.count(claim.name)
-        )
+        return self._held(claim.name, row, who, place=place, waiting=self.queues.count(claim.name))
 
     # ends of locks
 
     def release(self, tx: Tx, who: Session, r: p.Release) -> Reply:
-        """End the lock with that token of that instance; anything else changes nothing."""
+        """End the lock with that token of that instance; anything else changes nothing. A token that has grown since is
+        the lock's too."""
         row = self.store.by_name(r.name)
         mine = Owner(who.id, r.instance)
-        if row is None or row.lock is None or (row.lock.owner, row.lock.fencing_token) != (mine, r.fencing_token):
+        if row is None or row.lock is None or row.lock.owner != mine or not row.lock.has_token(r.fencing_token):
             return {"released": False}
         self._end_lock(tx, who, row, "released")
         return {"released": True}
@@ -347,7 +344,7 @@ class Service(Identities):
         """End the lock with that token, whoever has it, and tell the holder."""
         row = self._get(r.name)
         self.need_admin(who, f"break the lock of {r.name!r}")
-        if row.lock is None or row.lock.fencing_token != r.fencing_token:
+        if row.lock is None or not row.lock.has_token(r.fencing_token):
             return {"broken": False}
         holder = new_holder(self.session, self.host, row.lock)
         line = {
@@ -387,13 +384,6 @@ class Service(Identities):
                 continue  # no earlier daemon can have given that one
             self._store_session(tx, who)
             self.store.add_lock(row, Owner(who.id, hold.instance), hold.fencing_token, tx.now, 0, who.uid)
+            self.lab.granted(hold.name, None)
             self._event(tx, who, "granted", row, fencing_token=hold.fencing_token, reasserted=True)
             self.old_programs.want(hold.name)
-
-    def _end_lock(self, tx: Tx, who: Session, row: Row, kind: str, **why: Any) -> None:
-        assert row.lock is not None
-        self.store.drop_lock(row.id, tx.now)
-        who.shares.pop(row.id, None)
-        self._event(tx, who, kind, row, fencing_token=row.lock.fencing_token, **why)
-        tx.lock_ends.append((kind, why.get("reason", "")))
-        tx.freed.append(row.name)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import difflib
 import grp
+import json
 import os
 import sys
 from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from madsci_registry import containers
 from madsci_registry.types import Proof
@@ -72,6 +74,17 @@ class Settings(BaseSettings):
     bytes_per_uid: Annotated[int, Field(ge=1 << 20)] = Limits().bytes
     """How many bytes of requests that wait for their turn, and how many of imports, the daemon keeps for one user."""
 
+    lab_url: Annotated[tuple[str, ...], NoDecode] = ()
+    """The lab's registry, by the URLs of one or several equal services of it. Default: there is no lab."""
+    lab_token_file: Path | None = None
+    """A file with this host's line `HOST TOKEN` of the lab's token file."""
+    lab_ca_file: Path | None = None
+    """Certificates (PEM) that the lab's is to be signed by. Default: those of the system."""
+    lab_require: bool = False
+    """Refuse what the lab would have to be asked for while it is away, instead of going on without it."""
+    lab_deadline_s: Annotated[float, Field(gt=0, le=60)] = 2.0
+    """How long a request waits for the lab at most."""
+
     metrics_listen: str | None = None
     """Where metrics are served by HTTP: HOST:PORT, HOST a loopback address. Default: nowhere."""
     metrics_file: Path | None = None
@@ -81,7 +94,7 @@ class Settings(BaseSettings):
     def metrics_address(self) -> tuple[str, int] | None:
         return None if self.metrics_listen is None else _address(self.metrics_listen)
 
-    RELOADED: ClassVar = ("log_level", "admin_group", *(f"{what}_per_uid" for what in Limits._fields))
+    RELOADED: ClassVar[tuple[str, ...]] = ("log_level", "admin_group", *(f"{what}_per_uid" for what in Limits._fields))
     """What a reload changes; anything else takes a restart, which costs no lock."""
 
     @model_validator(mode="after")
@@ -104,6 +117,22 @@ class Settings(BaseSettings):
             return grp.getgrnam(group).gr_gid
         except KeyError:
             raise BadConfiguration(f"admin_group: there is no group {group!r} on this host") from None
+
+    @model_validator(mode="after")
+    def _has_lab(self) -> Settings:
+        if not self.lab_url and (self.lab_token_file or self.lab_ca_file or self.lab_require):
+            raise ValueError("lab.token_file, lab.ca_file and lab.require are for a lab, and there is no lab.url")
+        return self
+
+    @field_validator("lab_url", mode="before")
+    @classmethod
+    def _are_urls(cls, given: Any) -> Any:
+        """Take one URL or a list of them; the environment has a list as JSON."""
+        if isinstance(given, str):
+            given = json.loads(given) if given.startswith("[") else [given]
+        if not isinstance(given, (list, tuple)) or not all(isinstance(url, str) for url in given):
+            raise ValueError("must be a URL or a list of URLs")
+        return tuple(_lab_url(url) for url in given)
 
     @field_validator("metrics_listen")
     @classmethod
@@ -143,6 +172,17 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings
+
+
+def _lab_url(text: str) -> str:
+    """Return the URL of a lab's service without a slash at its end. Raises: ValueError where it is something else."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("must be a URL such as http://lab.example:8010")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("must not hold a password: lab.token_file is for that")
+    _ = parts.port  # raises where it is none
+    return text.rstrip("/")
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -194,7 +234,7 @@ def load(given: Mapping[str, Any], config: Path | None) -> Settings:
         if name.upper().startswith(ENVIRONMENT):
             _check_known(name.upper().removeprefix(ENVIRONMENT).lower(), name)
     for key in values:
-        _check_known(key, f"{key} in {config}")
+        _check_known(key, f"{_shown(key)} in {config}")
     from_environment = {k for k in Settings.model_fields if ENVIRONMENT + k.upper() in os.environ}
     init = {k: v for k, v in values.items() if k not in from_environment} | {
         k: v for k, v in given.items() if v is not None
@@ -205,9 +245,13 @@ def load(given: Mapping[str, Any], config: Path | None) -> Settings:
         raise BadConfiguration(f"{error}; a list is written as JSON: [1000, 9999]") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = ".".join(_shown(str(part)) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        raise BadConfiguration(f"{key}: {message} (it is {first['input']!r})" if key else message) from None
+        if not key:
+            raise BadConfiguration(message) from None
+        # A URL may hold a password.
+        given_as = "" if key.startswith("lab.url") else f" (it is {first['input']!r})"
+        raise BadConfiguration(f"{key}: {message}{given_as}") from None
 
 
 class Supervision(NamedTuple):
@@ -250,15 +294,24 @@ def journal_stream() -> tuple[int, int] | None:
     return (int(device), int(inode)) if device.isdecimal() and inode.isdecimal() else None
 
 
+def _shown(key: str) -> str:
+    """Return a setting's key as the file has it: those of the lab stand in a table of their own."""
+    return key.replace("lab_", "lab.", 1) if key.startswith("lab_") else key
+
+
 def _check_known(key: str, shown: str) -> None:
     if key not in Settings.model_fields:
         near = difflib.get_close_matches(key, Settings.model_fields, n=1, cutoff=0)
-        raise BadConfiguration(f"unknown setting {shown}; the nearest known one is {near[0]}")
+        raise BadConfiguration(f"unknown setting {shown}; the nearest known one is {_shown(near[0])}")
 
 
 def _read(config: Path) -> dict[str, Any]:
     try:
-        return dict(tomllib.loads(config.read_text(encoding="utf-8")))
+        values = dict(tomllib.loads(config.read_text(encoding="utf-8")))
+        lab = values.pop("lab", {})
+        if not isinstance(lab, dict):
+            raise BadConfiguration(f"lab in {config} is a table: lab.url = ...")
+        return values | {f"lab_{key}": value for key, value in lab.items()}
     except OSError as error:
         raise BadConfiguration(f"{config}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

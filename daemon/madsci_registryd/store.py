@@ -13,6 +13,8 @@ from madsci_registryd.locks import Identity, Owner, Presence, Session
 
 LOCK_EVENTS = frozenset({"granted", "released", "ended", "broken", "refused"})
 """Kept for a while only; none of them changes an identity."""
+HISTORY_IDS = 101
+"""Of so many ULIDs of a component the events are looked for: as many as it can have."""
 
 
 class Lock(NamedTuple):
@@ -22,6 +24,15 @@ class Lock(NamedTuple):
     fencing_token: int
     acquired_at: str
     seq: int
+    lab_term: int | None = None
+    """The lab's term that it was confirmed with."""
+    first_token: int | None = None
+    """The token that it was granted with, where a confirmation has raised it since."""
+
+    def has_token(self, token: int) -> bool:
+        """Tell whether it has, or had, this token."""
+        first = self.fencing_token if self.first_token is None else self.first_token
+        return first <= token <= self.fencing_token
 
 
 class Row(NamedTuple):
@@ -40,6 +51,10 @@ class Row(NamedTuple):
     lock: Lock | None
     old_lock: OldLock | None
     """An old program holds it, by registry.json."""
+    changed_at: str = ""
+    """When it was made, renamed, retired, revived, or its metadata changed."""
+    preferred_id: str | None = None
+    """The ULID that the lab has for its name, and that it takes over when it may."""
 
 
 class NameRow(NamedTuple):
@@ -63,6 +78,12 @@ class Store:
         """Ids of components whose identity changed, for who exports it; a change that was rolled back may be in it."""
         self.seen: set[str] = set()
         """The same for locks and `last_seen`."""
+        self.is_lab_followed = False
+        """Whether somebody takes what stands in `freed` and `renames`."""
+        self.freed: set[str] = set()
+        """Ids of components whose lock was dropped, for who holds them in the lab; likewise."""
+        self.renames: list[tuple[str, str]] = []
+        """Old and new names, in their order; likewise."""
         self._count: int | None = None
         """How many events there are, counted at the first trim."""
         self._keeps_counts = False
@@ -79,8 +100,26 @@ class Store:
         return _row(row) if row else None
 
     def by_id(self, id: str) -> Row | None:
-        row = self._run(q.COMPONENT_BY_ID, (id,)).fetchone()
+        """Return the component that has a ULID, or had it before the lab preferred another one."""
+        found = self._run(q.COMPONENT_BY_ID, (id,)).fetchone()
+        row = found or self._run(q.COMPONENT_BY_OTHER_ID, (id,)).fetchone()
         return _row(row) if row else None
+
+    def other_ids(self, id: str) -> list[str]:
+        """List the ULIDs that are the component `id` as well."""
+        return [other for (other,) in self._run(q.OTHER_IDS, (id,))]
+
+    def all_other_ids(self) -> dict[str, list[str]]:
+        """Return the same for all components that have any."""
+        found: dict[str, list[str]] = {}
+        for id, other in self._run(q.ALL_OTHER_IDS):
+            found.setdefault(id, []).append(other)
+        return found
+
+    def add_other_id(self, id: str, other: str) -> None:
+        """Know a ULID that is no component's as the component `id`."""
+        self._run(q.ADD_OTHER_ID, (other, id))
+        self.touched.add(id)
 
     def id_of(self, name: str) -> str | None:
         id: str | None = self._one(q.ID_BY_NAME, (name,))
@@ -129,42 +168,65 @@ class Store:
         created_by: tuple[str | None, int | None] = (None, None),
         created_at: str | None = None,
         last_seen: str | None = None,
+        changed_at: str | None = None,
         retired: bool = False,
         workcell_id: str | None = None,
         uid: int | None = None,
     ) -> None:
         self._run(q.ADD_NAME, (name,))
         row = (id, name, component_type, retired, created_at or now, last_seen or now, metadata, workcell_id)
-        self._run(q.ADD_COMPONENT, (*row, *created_by, uid))
+        self._run(q.ADD_COMPONENT, (*row, changed_at or now, *created_by, uid))
         self.touched.add(id)
 
-    def set_metadata(self, id: str, metadata: str) -> None:
-        self._run(q.SET_METADATA, (metadata, id))
+    def set_metadata(self, id: str, metadata: str, now: str) -> None:
+        self._run(q.SET_METADATA, (metadata, now, id))
         self.touched.add(id)
 
     def set_workcell(self, id: str, workcell_id: str) -> None:
         self._run(q.SET_WORKCELL, (workcell_id, id))
         self.touched.add(id)
 
-    def set_retired(self, id: str, retired: bool) -> None:
-        self._run(q.SET_RETIRED, (retired, id))
+    def set_retired(self, id: str, retired: bool, now: str) -> None:
+        self._run(q.SET_RETIRED, (retired, now, id))
         self.touched.add(id)
 
     def set_last_seen(self, id: str, now: str) -> None:
         self._run(q.SET_LAST_SEEN, (now, id))
         self.seen.add(id)
 
-    def rename(self, id: str, old: str, new: str) -> None:
+    def rename(self, id: str, old: str, new: str, now: str) -> None:
         """Move a component to a name that no component has; the old name remembers where it went."""
         self._run(q.ADD_NAME, (new,))
-        self._run(q.SET_NAME, (new, id))
+        self._run(q.SET_NAME, (new, now, id))
         self._run(q.SET_RENAMED, (id, old))
         self.touched.add(id)
+        if self.is_lab_followed:
+            self.renames.append((old, new))
+
+    def set_preferred(self, id: str, preferred: str | None) -> None:
+        """Note which ULID the lab has for the component `id`; None: that one."""
+        self._run(q.SET_PREFERRED, (preferred, id))
+        self.touched.add(id)
+
+    def preferred_of(self, session: str) -> list[str]:
+        """List the names that a session holds and for which the lab prefers another ULID."""
+        return [name for (name,) in self._run(q.PREFERRED_OF_SESSION, (session,))]
+
+    def preferred_count(self) -> int:
+        """Return for how many components the lab prefers another ULID."""
+        return int(self._one(q.PREFERRED_COUNT))
+
+    def change_id(self, old: str, new: str) -> None:
+        """Give a component a ULID that is no other component's; the one that it had stays known as the same one."""
+        self._run(q.CHANGE_ID, {"old": old, "new": new})
+        self.touched |= {old, new}
 
     # locks
 
-    def add_lock(self, row: Row, owner: Owner, token: int, now: str, seq: int, uid: int) -> None:
-        self._run(q.ADD_LOCK, (row.id, owner.session, owner.instance, token, now, seq))
+    def add_lock(
+        self, row: Row, owner: Owner, token: int, now: str, seq: int, uid: int, lab_term: int | None = None
+    ) -> None:
+        self._run(q.ADD_LOCK, (row.id, owner.session, owner.instance, token, now, seq, lab_term))
         self._run(q.RAISE_TOKEN, (token, row.name))
         self._run(q.SET_LAST_HOLDER, (now, uid, row.id))
         self.seen.add(row.id)
@@ -174,10 +236,29 @@ class Store:
         self._run(q.SET_LOCK_TOKEN, (token, id))
         self._run(q.RAISE_TOKEN, (token, name))
 
+    def confirm_lock(self, id: str, name: str, token: int, lab_term: int) -> None:
+        """Note that the lab has confirmed the lock of component `id`, called `name`; its token grows to this one."""
+        self._run(q.CONFIRM_LOCK, {"token": token, "lab_term": lab_term, "id": id})
+        self._run(q.RAISE_TOKEN, (token, name))
+
+    def raise_token(self, name: str, token: int) -> None:
+        """Let the next fencing token of a name be above this one."""
+        self._run(q.RAISE_TOKEN, (token, name))
+
     def drop_lock(self, id: str, now: str) -> None:
         self._run(q.DROP_LOCK, (id,))
         self._run(q.SET_LAST_SEEN, (now, id))
         self.seen.add(id)
+        if self.is_lab_followed:
+            self.freed.add(id)
+
+    def lab_locks(self) -> list[tuple[str, str, int, int | None]]:
+        """List (name, id, fencing_token, lab_term) of all that new programs hold."""
+        return [(n, i, t, term) for n, i, t, term in self._run(q.LAB_LOCKS)]
+
+    def lock_count(self) -> int:
+        """Return how many names new programs hold."""
+        return int(self._one(q.LOCK_COUNT))
 
     def locked_names(self) -> list[str]:
         return [name for (name,) in self._run(q.LOCKED_NAMES)]
@@ -275,9 +356,9 @@ class Store:
         return [_event(r) for r in self._run(q.EVENTS, (after, limit))]
 
     def events_of(self, name: str, id: str | None, after: int, limit: int) -> list[dict[str, Any]]:
-        """Return events that name the name, or the component (under whatever name)."""
-        given = {"name": name, "id": id, "after": after, "limit": limit}
-        return [_event(r) for r in self._run(q.EVENTS_OF, given)]
+        """Return events that name the name, or the component (under whatever name and ULID)."""
+        ids = [id, *self.other_ids(id)][:HISTORY_IDS] if id is not None else [None]
+        return [_event(r) for r in self._run(q.events_of(len(ids)), (name, after, limit, *ids))]
 
     def changed_after(self, revision: int) -> set[str]:
         """Return the ids of components whose identity changed after `revision`."""
@@ -307,6 +388,9 @@ class Store:
     def set_meta(self, key: str, value: int | str) -> None:
         self._run(q.SET_META, (key, value))
 
+    def drop_meta(self, key: str) -> None:
+        self._run(q.DROP_META, (key,))
+
     def highest_token(self) -> int:
         token: int = self._one(q.HIGHEST_TOKEN)
         return token
@@ -329,9 +413,9 @@ _OLD_LOCK = tuple(OldLock.__dataclass_fields__)
 
 
 def _row(r: Any) -> Row:
-    lock = Lock(Owner(r[11], r[12]), r[13], r[14], r[15]) if r[11] is not None else None
+    lock = Lock(Owner(r[11], r[12]), r[13], r[14], r[15], *r[24:26]) if r[11] is not None else None
     old = OldLock(**dict(zip(_OLD_LOCK, r[16:22], strict=True))) if r[16] is not None else None
-    return Row(r[0], r[1], r[2], bool(r[3]), r[4], r[5], r[6], (r[7], r[8]), r[9], r[10], lock, old)
+    return Row(r[0], r[1], r[2], bool(r[3]), r[4], r[5], r[6], (r[7], r[8]), r[9], r[10], lock, old, r[22], r[23])
 
 
 def _event(r: Any) -> dict[str, Any]:

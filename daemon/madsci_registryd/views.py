@@ -28,7 +28,9 @@ def new_holder(session_of: SessionOf, host: str, lock: Lock) -> Holder:
     )
 
 
-def component(session_of: SessionOf, host: str, row: Row, waiting: int) -> dict[str, Any]:
+def component(
+    session_of: SessionOf, host: str, row: Row, waiting: int, *, other_ids: list[str], lab: str | None
+) -> dict[str, Any]:
     """Return a component as the protocol has it."""
     lock = row.lock
     return {
@@ -45,6 +47,9 @@ def component(session_of: SessionOf, host: str, row: Row, waiting: int) -> dict[
         "waiting": waiting,
         "workcell_id": row.workcell_id,
         "old_lock": row.old_lock.to_json() if row.old_lock else None,
+        "lab": lab,
+        "other_ids": other_ids,
+        "preferred_id": row.preferred_id,
     }
 
 
@@ -79,7 +84,9 @@ def held_by(session_of: SessionOf, host: str, name: str, row: Row | None, who: S
     return HeldError(message, name=name, id=row.id, holder=holder, is_me=is_me, **facts)
 
 
-def exported(session_of: SessionOf, host: str, row: Row, now: str, expires_at: str) -> dict[str, Any]:
+def exported(
+    session_of: SessionOf, host: str, row: Row, now: str, expires_at: str, other_ids: list[str]
+) -> dict[str, Any]:
     """Return a component as registry.json has it; a lock looks alive until `expires_at`."""
     lock = row.old_lock.to_json() if row.old_lock else None
     if row.lock:
@@ -100,4 +107,5 @@ def exported(session_of: SessionOf, host: str, row: Row, now: str, expires_at: s
         "metadata": json.loads(row.metadata),
         "lock": lock,
         "workcell_id": row.workcell_id,
+        **({"other_ids": other_ids} if other_ids else {}),
     }

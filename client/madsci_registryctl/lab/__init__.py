@@ -1,0 +1,1 @@
+"""`registryctl lab`, and `--lab`: the registry of the whole lab, through the daemon or asked itself."""
