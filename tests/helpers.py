@@ -34,6 +34,7 @@ class FakeClock:
     def __init__(self, monotonic: float = 1000.0, wall: float = 1_790_000_000.0) -> None:
         self._monotonic = monotonic
         self._wall = wall
+        self._slept = 0.0
 
     def monotonic(self) -> float:
         return self._monotonic
@@ -44,6 +45,14 @@ class FakeClock:
     def advance(self, seconds: float) -> None:
         """Let time pass."""
         self._monotonic += seconds
+        self._wall += seconds
+
+    def boottime(self) -> float:
+        return self._monotonic + self._slept
+
+    def sleep(self, seconds: float) -> None:
+        """Let the machine be suspended: only the wall clock and the clock that counts sleep go on."""
+        self._slept += seconds
         self._wall += seconds
 
     def jump(self, seconds: float) -> None:

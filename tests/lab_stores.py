@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol
 
+from etcd_stores import EtcdStores
 from helpers import FakeClock
+from madsci_registry.errors import RegistryError
 from madsci_registry_lab.sqlite_store import SqliteStore
 from madsci_registry_lab.store import LabStore, Lock, Session, State, Want
 
@@ -47,12 +51,28 @@ class SqliteStores:
         shutil.copy(self._path.with_suffix(".backup"), self._path)
 
 
-STORES = {"sqlite": SqliteStores}
+class Stores(Protocol):
+    """What tests need of each kind of store. A context manager; EtcdStores skips the test where there is no etcd."""
+
+    def __enter__(self) -> Stores: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def open(self) -> LabStore: ...
+
+    def close(self) -> None: ...
+
+    def back_up(self) -> None: ...
+
+    def restore(self) -> None: ...
+
+
+STORES: dict[str, Callable[[Path, FakeClock], Stores]] = {"sqlite": SqliteStores, "etcd": EtcdStores}
 
 
 def state(name: str, n: int, *, at: int = 0, **more: object) -> State:
     """Return a word about a component with the n-th ULID, changed at that second."""
-    when = f"2026-11-24T10:00:{at:02}.000000Z"
+    when = f"2026-09-21T10:00:{at:02}.000000Z"
     given = {"component_type": "node", "created_at": when, "changed_at": when, **more}
     return State(id=ULIDS[n], name=name, **given)  # type: ignore[arg-type] # the caller's fields
 
@@ -73,10 +93,13 @@ class Host:
         return self.store.resolve(self.name, str(self.ops), state(name, n), None, None).entry.id
 
     def lock(self, name: str, proposal: int = 0, term: int | None = None) -> Lock:
-        return self.store.acquire(self.name, self.session.id, name, Want(proposal=proposal, term=term))
+        (lock,) = self.store.acquire(self.name, self.session.id, [(name, Want(proposal=proposal, term=term))])
+        if isinstance(lock, RegistryError):
+            raise lock
+        return lock
 
     def keep(self) -> Session:
         return self.store.keep(self.name, self.session.id, self.boot)
 
     def release(self, name: str, term: int | None) -> bool:
-        return self.store.release(self.name, self.session.id, name, term)
+        return bool(self.store.release(self.name, self.session.id, {name: term}))

@@ -139,6 +139,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _error(self) -> None:
         self._answer(500, {"detail": "oh"})
 
+    def _fault(self) -> None:
+        self._answer(500, {"detail": "oh", "code": "internal"})
+
+    def _nothing(self) -> None:
+        self._answer(200, {key: [] for key in ("entries", "events", "conflicts", "hosts")})
+
     def _redirect(self) -> None:
         self._answer(307, {}, Location=f"{self.stub.url}/elsewhere{self.path}")
 

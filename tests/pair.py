@@ -14,7 +14,6 @@ from madsci_registryd import database
 from madsci_registryd.core import Core
 from madsci_registryd.handlers import hash_token
 from madsci_registryd.locks import Identity, Presence, Session
-from madsci_registryd.service import OutsideStage
 from madsci_registryd.transaction import Tx
 
 
@@ -47,18 +46,15 @@ class Asked:
 class Pair:
     """The daemon's core on a real file, and client sessions that ask it."""
 
-    def __init__(self, path: Path, clock: FakeClock | None = None, stage: OutsideStage | None = None) -> None:
+    def __init__(self, path: Path, clock: FakeClock | None = None) -> None:
         self.path = path
         self.clock = clock or FakeClock()
-        self.stage = stage
         self.dead: set[str] = set()
         self.told: list[tuple[str, dict[str, Any]]] = []
         self._open()
 
     def _open(self) -> None:
-        self.core = Core(
-            database.open_database(self.path), self.path, self.clock, host="here", status=dict, stage=self.stage
-        )
+        self.core = Core(database.open_database(self.path), self.path, self.clock, host="here", status=dict)
         self.core.registrar.is_dead = lambda session: session.id in self.dead
         self.core.registrar.tell = lambda session, line: self.told.append((session, line))
         self.core.begin("test", self._judge)

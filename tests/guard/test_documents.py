@@ -80,7 +80,8 @@ def test_sample_configuration_has_every_setting_commented_out() -> None:
     from madsci_registryd.settings import Settings
 
     assert all(line.startswith("#") for line in SAMPLE.splitlines() if line)
-    assert re.findall(r"^# (\w+) = ", SAMPLE, re.MULTILINE) == list(Settings.model_fields)
+    keys = re.findall(r"^# ([\w.]+) = ", SAMPLE, re.MULTILINE)
+    assert [key.replace("lab.", "lab_") for key in keys] == list(Settings.model_fields)
 
 
 def test_sample_configuration_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,10 +91,10 @@ def test_sample_configuration_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for key in settings.Settings.model_fields:
         monkeypatch.delenv(settings.ENVIRONMENT + key.upper(), raising=False)
     config = tmp_path / "registryd.toml"
-    config.write_text(re.sub(r"^# (\w+ = )", r"\1", SAMPLE, flags=re.MULTILINE))
+    config.write_text(re.sub(r"^# ([\w.]+ = )", r"\1", SAMPLE, flags=re.MULTILINE))
     loaded = settings.load({}, config)
     for key, field in settings.Settings.model_fields.items():
-        assert getattr(loaded, key) == field.default or field.default is None, key
+        assert getattr(loaded, key) == field.default or field.default in (None, ()), key
         assert getattr(loaded, key) is not None, key
 
 
@@ -102,7 +103,8 @@ def test_every_setting_is_documented_with_its_default() -> None:
     from madsci_registryd.__main__ import main
     from madsci_registryd.settings import ENVIRONMENT, Settings
 
-    rows = re.findall(rf"^\|(.*?)\| `{ENVIRONMENT}(\w+)` \| `(\w+)` \| (.*?) \|", OPERATIONS, re.MULTILINE)
+    rows = re.findall(rf"^\|(.*?)\| `{ENVIRONMENT}(\w+)` \| `([\w.]+)` \| (.*?) \|", OPERATIONS, re.MULTILINE)
+    rows = [(option, variable, key.replace("lab.", "lab_"), default) for option, variable, key, default in rows]
     assert [key for _, _, key, _ in rows] == list(Settings.model_fields)
     options = {option for parameter in main.params for option in parameter.opts}
     for option, variable, key, default in rows:
@@ -111,7 +113,7 @@ def test_every_setting_is_documented_with_its_default() -> None:
         assert option.strip().startswith((f"`{flag} ", f"`{flag}`")) if flag in options else not option.strip()
         value = Settings.model_fields[key].default
         shown = str(value).lower() if isinstance(value, bool) else [*value] if isinstance(value, frozenset) else value
-        assert default.startswith("none: ") if value is None else default == f"`{shown}`", key
+        assert default.startswith("none: ") if value in (None, ()) else default == f"`{shown}`", key
 
 
 def test_every_exit_status_of_the_daemon_is_documented() -> None:

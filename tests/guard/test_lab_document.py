@@ -12,7 +12,7 @@ import pytest
 
 from helpers import PROJECT
 from madsci_registry.errors import BY_CODE
-from madsci_registry_lab import faults, gate, legacy, routes
+from madsci_registry_lab import connection, faults, gate, legacy, routes, tokens
 from madsci_registry_lab.__main__ import main
 from madsci_registry_lab.registry import LabRegistry
 from madsci_registry_lab.settings import ENVIRONMENT, Settings
@@ -74,8 +74,12 @@ def test_metrics_are_those_of_the_code(registry: LabRegistry) -> None:
     assert next(labels for name, _, labels in rows if name.endswith("answers_total")) == "`method` `route` `status`"
 
 
-def test_lengths_of_leases_are_those_of_the_code() -> None:
-    """The lease of a host and that of MADSci's routes stand in the document."""
+def test_limits_are_those_of_the_code() -> None:
+    """The lease of a host and that of MADSci's routes, and the limits of requests, connections and tokens, stand
+    in the document."""
     assert f"whose lease is {routes.LEASE_S:.0f} s" in LAB
     assert f"such a lock ends {legacy.LEASE_S:.0f} s" in LAB
     assert f"{gate.BODY_MAX_BYTES >> 20} MiB" in LAB
+    assert f"comes in within {connection.REQUEST_S:.0f} s" in LAB
+    assert f"of more than {connection.CONNECTIONS_MAX:,} connections" in LAB
+    assert f"({tokens.TOKEN_MIN_CHARS} characters or more;" in LAB

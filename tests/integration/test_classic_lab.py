@@ -1,6 +1,7 @@
 """IdentityResolver with a lab of its own: local first, then the lab, never fatal, in bounded time, nowhere else.
 
-The lab is a stub with the documented routes (tests/lab_stub.py); the registry's daemon is a real one.
+The lab is a stub with the documented routes (tests/lab_stub.py), and further down the real service; the registry's
+daemon is a real one.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ import os
 import socket
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from classic import OTHER_ULID, ULID, Classic, node, warned
 from helpers import PATIENCE_S, DaemonProcess, until
 from lab_stub import LabStub
+from labs import LabProcess, client
 from madsci_registry import RegistryLockError
 from madsci_registry._lab import Lab
 from madsci_registry.names import is_ulid
@@ -263,3 +268,130 @@ def test_forked_child_tells_the_lab_nothing_of_its_parents(lab: LabStub, classic
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert ("GET", "/registry/resolve/nobody") in lab.requests
     assert lab.unlocks == []
+
+
+# against the real service
+
+
+@pytest.fixture
+def elsewhere(registry_path: Path) -> Iterator[Classic]:
+    """Managers of a registry on what could be another host."""
+    with DaemonProcess(registry_path.with_name("elsewhere.json")) as daemon, Classic(daemon.registry) as made:
+        yield made
+
+
+def found(http: httpx.Client, name: str) -> dict[str, Any] | None:
+    """Return what a lab has under a name."""
+    answer = http.post("/registry/lookup", json={"name": name})
+    return dict(answer.json()) if answer.status_code == 200 else None
+
+
+def test_name_is_known_and_held_in_the_real_lab(classic: Classic, served: LabProcess, http: httpx.Client) -> None:
+    """A name that neither knows is made here and then known to the lab, with its metadata, held by this process; a
+    release gives it back there, and the lab keeps the ULID."""
+    resolver = classic.resolver(served.url)
+    result = resolver.resolve_with_info("real/arm", "node", {"rack": 3})
+    mine = resolver.local_registry.lock_manager
+    entry = found(http, "real/arm")
+    assert entry is not None and (entry["id"], entry["metadata"]) == (result.id, {"rack": 3})
+    assert (result.is_new, result.source) == (True, "new")
+    assert entry["lock"]["holder"] == {
+        "holder_host": socket.gethostname(), "holder_pid": os.getpid(), "holder_instance": mine.instance_id,
+    }  # fmt: skip
+    resolver.release("real/arm")
+    entry = until(lambda: (e := found(http, "real/arm")) and not e["lock"] and e, "for the lab to hear of the release")
+    assert entry["id"] == result.id
+
+
+def test_component_that_moves_keeps_its_ulid(classic: Classic, elsewhere: Classic, served: LabProcess) -> None:
+    """A component that was resolved on one host has the same ULID on another one, which asks the lab before it makes
+    one; and so has one that is only looked up there."""
+    here, there = classic.resolver(served.url), elsewhere.resolver(served.url)
+    ids = [here.resolve(name, "module", {"rack": 3}) for name in ("moves", "stays")]
+    here.release_all()
+    result = there.resolve_with_info("moves", "module")
+    assert (result.id, result.is_new, result.source) == (ids[0], False, "lab")
+    assert there.lookup("stays") == ids[1] and there.lookup("no such name") is None
+    assert there.local_registry.lookup("stays") is None
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_name_of_any_characters_is_one_to_the_real_lab(
+    classic: Classic, elsewhere: Classic, served: LabProcess, http: httpx.Client, name: str
+) -> None:
+    """Whatever a name may hold, the real lab knows it by that name, and the next host finds it there."""
+    resolver = classic.resolver(f"{served.url}/")
+    id = resolver.resolve(name, "node")
+    entry = found(http, name)
+    assert entry is not None and (entry["id"], entry["lock"]["name"]) == (id, name)
+    resolver.release(name)
+    until(lambda: not (found(http, name) or {})["lock"], "for the lab to hear of the release")
+    assert elsewhere.resolver(served.url).resolve(name, "node") == id
+
+
+def test_lab_has_no_say_in_local_locks(
+    classic: Classic, elsewhere: Classic, served: LabProcess, http: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two registries without a lab of their own may both hold a name: the second is warned that the lab has a holder,
+    and the lab goes on naming the first."""
+    here, there = classic.resolver(served.url), elsewhere.resolver(served.url)
+    id = here.resolve("twice", "node")
+    assert there.resolve("twice", "node") == id
+    assert "the lab was not told of 'twice'" in warned(caplog) and "answered 409" in warned(caplog)
+    there.release("twice")
+    entry = found(http, "twice")
+    mine = here.local_registry.lock_manager.instance_id
+    assert entry is not None and entry["lock"]["holder"]["holder_instance"] == mine
+
+
+def test_name_made_while_the_lab_was_away_keeps_its_ulid(
+    classic: Classic, elsewhere: Classic, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A name that was made here while the lab was away is told to it at the next resolve; where another host has made
+    it meanwhile the local ULID stays, with a warning, and the lab records what it was told."""
+    with LabProcess(tmp_path) as lab, client(lab.url) as http:
+        resolver = classic.resolver(lab.url)
+        lab.kill()
+        ids = {name: resolver.resolve(name, "node") for name in ("alone", "both")}
+        assert warned(caplog).count("is resolved without the lab") == 2
+        resolver.release_all()
+        lab.start()
+        other = elsewhere.resolver(lab.url).resolve("both", "node")
+        caplog.clear()
+        assert {name: resolver.resolve(name, "node") for name in ids} == ids
+        assert {name: (found(http, name) or {})["id"] for name in ids} == {**ids, "both": other}
+        assert "the lab was not told of 'both'" in warned(caplog) and "'alone'" not in warned(caplog)
+        (conflict,) = http.post("/registry/conflicts", json={}).json()["conflicts"]
+        assert (conflict["name"], conflict["id"], conflict["reason"]) == ("both", ids["both"], "two_ids")
+        assert (found(http, "both") or {})["other_ids"] == [ids["both"]]
+
+
+def test_token_in_the_lab_url_is_used_and_not_told(
+    classic: Classic, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A lab that wants tokens takes the password of the URL for one; it stands in no log, of ours or of the lab; a
+    wrong one is a warning."""
+    caplog.set_level("DEBUG")
+    token = "a-token-of-this-host-0123"
+    (tmp_path / "tokens").write_text(f"here {token}\n")
+    with LabProcess(tmp_path, "--token-file", str(tmp_path / "tokens")) as lab, client(lab.url, token) as http:
+        id = classic.resolver(lab.url.replace("//", f"//here:{token}@")).resolve("arm", "node")
+        entry = found(http, "arm")
+        assert entry is not None and (entry["id"], entry["host"]) == (id, "here")
+        classic.resolver(lab.url.replace("//", "//here:no-token-at-all@")).resolve("leg", "node")
+        assert "'leg' is resolved without the lab" in warned(caplog) and found(http, "leg") is None
+        logged = caplog.text + lab.log
+    assert token not in logged and "no-token-at-all" not in logged
+
+
+def test_node_that_ends_unlocks_in_the_real_lab(daemon: DaemonProcess, served: LabProcess, http: httpx.Client) -> None:
+    """A node as MADSci writes it is known to the lab while it runs, and gives its name back there when it ends."""
+    with node("1", served.url, registry=daemon.registry) as process:
+        assert process.stdout is not None
+        id = process.stdout.readline().strip()
+        entry = found(http, "arm")
+        assert entry is not None and entry["id"] == id
+        assert entry["lock"]["holder"]["holder_pid"] == process.pid
+        _, errors = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, errors) == (0, "")
+    assert (found(http, "arm") or {})["lock"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,38 @@ def test_bad_input_is_named(http: httpx.Client, path: str, body: dict[str, Any],
     assert answer.status_code in (413, 422)
     assert (answer.json()["field"], answer.headers[MARK]) == (field, "1")
     assert http.get("/registry/resolve/bad").status_code == 404
+
+
+def test_refused_lock_leaves_no_session(http: httpx.Client) -> None:
+    """Who is refused a lock, of a held name or of one that is none, is no host that is heard."""
+    http.post("/registry/entries/taken", json=held_by("first", str(ULID())))
+    for name, status in (("taken", 409), ("nothing", 404)):
+        refused = http.post(f"/registry/entries/{name}/lock", json={"holder_instance": "refused"})
+        assert refused.status_code == status
+    hosts = http.get("/registry/hosts").text
+    assert "unknown first" in hosts
+    assert "refused" not in hosts
+
+
+def test_locks_of_one_instance_do_not_disturb_each_other(served: LabProcess) -> None:
+    """An instance that gives back its only lock while it takes another one has the other one."""
+
+    def lock_and_unlock(n: int) -> list[int]:
+        path, me = f"/registry/entries/one-of-{n}", {"holder_instance": "busy"}
+        with client(served.url) as http:
+            http.post(path, json={"id": str(ULID()), "component_type": "node"})
+            return [http.post(f"{path}/{verb}", json=me).status_code for _ in range(60) for verb in ("lock", "unlock")]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert {status for statuses in pool.map(lock_and_unlock, range(4)) for status in statuses} == {200}
+
+
+def test_route_that_is_encoded_is_refused(http: httpx.Client) -> None:
+    """A path whose route itself is percent-encoded is refused, and is no fault of the lab."""
+    for path in ("/registry/%72esolve/arm", "/registry%2Fresolve/arm"):
+        assert http.get(path).json()["field"] == "name"
+    for path in ("/registry/%65ntries/arm", "/registry/entries%2Farm/lock"):
+        assert http.post(path, json={}).json()["field"] == "name"
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)

@@ -44,17 +44,18 @@ def one(revision: int, name: str, id: str, **more: Any) -> dict[str, Any]:
 def test_resolve_makes_locks_and_refuses_in_one_call(hosts: list[LabHost]) -> None:
     """One call makes a component and locks its name; another host is told who holds it."""
     a, b = hosts
-    first = a.resolve("one call", id := str(ULID()), metadata={"rack": 3}, lock={"proposal": 7, "holder": {"pid": 4}})
+    wish = {"proposal": 1 << 32, "holder": {"pid": 4}}
+    first = a.resolve("one call", id := str(ULID()), metadata={"rack": 3}, lock=wish)
     assert first.json()["is_new"]
     assert first.json()["entry"]["id"] == id
     assert first.json()["entry"]["metadata"] == {"rack": 3}
-    assert first.json()["lock"]["term"] == 8
+    assert first.json()["lock"]["term"] == (1 << 32) + 1
     held = b.resolve("one call", str(ULID()), lock={})
     assert held.status_code == 409
     assert {k: held.json()[k] for k in ("code", "host", "term", "lab_holder")} == {
         "code": "held",
         "host": a.name,
-        "term": 8,
+        "term": (1 << 32) + 1,
         "lab_holder": {"pid": 4},
     }
     plain = b.resolve("one call", str(ULID())).json()
@@ -206,6 +207,45 @@ def test_large_entries_come_in_pages_that_a_client_reads(hosts: list[LabHost], h
 
 
 # the feed
+
+
+def test_feed_and_history_come_in_pages_that_a_client_reads(hosts: list[LabHost], http: httpx.Client) -> None:
+    """A page of the feed is cut before it has 1 MiB, and the next one begins there; no event names the
+    session of a host, which is that host's alone."""
+    a, _ = hosts
+    names = [f"talk/{n:03}" for n in range(1000)]
+    a.ok("sync", epoch=1, components=[component(name, str(ULID())) for name in names])
+    cursor = http.get("/registry/changes").json()["cursor"]
+    a.register()
+    holder = {"said": "y" * 1000}
+    for n in range(0, 1000, 500):
+        a.ok("lock", session=a.session, locks=[{"name": name, "holder": holder} for name in names[n : n + 500]])
+    seen: list[str] = []
+    while events := (page := http.get("/registry/changes", params={"cursor": cursor, "limit": 1000})).json()["events"]:
+        assert len(page.content) < 1 << 20
+        assert a.session not in page.text
+        seen += [event["name"] for event in events if event["kind"] == "granted"]
+        cursor = page.json()["cursor"]
+    assert seen == names
+
+
+def test_long_history_comes_in_pages_that_a_client_reads(hosts: list[LabHost], http: httpx.Client) -> None:
+    """A page of a history is cut before it has 1 MiB, and the next one begins there."""
+    a, _ = hosts
+    a.resolve("talkative", str(ULID()))
+    for _ in range(500):
+        (lock,) = a.ok("lock", session=a.session, locks=[{"name": "talkative", "holder": {"said": "y" * 1000}}])[
+            "locks"
+        ]
+        a.ok("release", session=a.session, locks={"talkative": lock["term"]})
+    kinds: list[str] = []
+    after: int | None = 0
+    while after is not None:
+        page = http.post("/registry/history", json={"name": "talkative", "limit": 1000, "after": after})
+        assert len(page.content) < 600 * 1024
+        kinds += [event["kind"] for event in page.json()["events"]]
+        after = page.json()["after"]
+    assert kinds == ["created", *["granted", "released"] * 500]
 
 
 def test_feed_wakes_who_waits(hosts: list[LabHost], http: httpx.Client) -> None:
@@ -439,11 +479,18 @@ def test_ten_thousand_changes_go_in_quickly(served: LabProcess) -> None:
         assert 10_000 / (time.monotonic() - began) > 500
 
 
-def test_openapi_lists_the_routes(http: httpx.Client) -> None:
-    """The OpenAPI document has the routes with their models."""
+def test_openapi_has_all_that_a_client_sends(http: httpx.Client) -> None:
+    """The OpenAPI document has each route once, with the fields of what it is sent and what they mean, and the shape of
+    errors, which is not FastAPI's own."""
     document = http.get("/openapi.json").json()
-    assert "/registry/resolve" in document["paths"]
-    assert "Keepalive" in document["components"]["schemas"]
+    routes = [route for methods in document["paths"].values() for route in methods.values()]
+    assert len({route["operationId"] for route in routes}) == len(routes)
+    assert all({"4XX", "5XX"} < route["responses"].keys() and "422" not in route["responses"] for route in routes)
+    for path in (path for path, methods in document["paths"].items() if "post" in methods):
+        schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert "$ref" in schema or "properties" in schema, path
+    lockwish = document["components"]["schemas"]["Lockwish"]["properties"]
+    assert all(field.get("description") for field in lockwish.values())
 
 
 def test_metrics_name_nobody(hosts: list[LabHost], http: httpx.Client) -> None:

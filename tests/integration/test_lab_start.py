@@ -108,6 +108,21 @@ def test_token_is_in_no_log_and_no_answer(guarded: LabProcess) -> None:
         assert token not in guarded.log
 
 
+def test_tokens_change_while_hosts_go_on(tmp_path: Path) -> None:
+    """A lab whose token file changes lets new hosts in, and others not any more, soon; a host that stays has its
+    session and its locks."""
+    path = tmp_path / "tokens"
+    path.write_text(f"lab1 {TOKENS['lab1']}\nold token-of-old-0123456789\n")
+    with LabProcess(tmp_path, "--token-file", str(path)) as lab, LabHost(lab.url, "lab1", token=TOKENS["lab1"]) as host:
+        term = host.register().resolve("arm", str(ULID()), lock={}).json()["lock"]["term"]
+        path.write_text("".join(f"{name} {token}\n" for name, token in TOKENS.items()))
+        with client(lab.url, TOKENS["lab2"]) as new, client(lab.url, "token-of-old-0123456789") as old:
+            until(lambda: new.get("/registry/hosts").status_code == 200, "for the new host to be let in")
+            assert old.get("/registry/hosts").status_code == 401
+        kept = host.keep(arm=term)
+        assert (kept["lost"], kept["missing"]) == ([], [])
+
+
 # settings
 
 
@@ -131,21 +146,43 @@ def test_missing_extra_is_said(tmp_path: Path) -> None:
     assert "pip install 'madsci-registryd[lab]'" in done.stderr
 
 
-def test_tls_is_served(tmp_path: Path) -> None:
-    """With a certificate and its key the lab serves HTTPS."""
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """Return a certificate for 127.0.0.1, signed by itself, and its key."""
     if not shutil.which("openssl"):
         pytest.skip("no openssl to make a certificate with")
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    folder.mkdir(exist_ok=True)
+    cert, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
          "-subj", "/CN=lab", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)],
         check=True, capture_output=True, timeout=PATIENCE_S,
     )  # fmt: skip
+    return cert, key
+
+
+def test_tls_is_served(tmp_path: Path) -> None:
+    """With a certificate and its key the lab serves HTTPS, to those who trust it; whoever speaks no TLS gets nothing,
+    and no traceback in the log."""
+    cert, key = certificate(tmp_path)
     with (
         LabProcess(tmp_path, "--tls-cert", str(cert), "--tls-key", str(key)) as lab,
         httpx.Client(verify=ssl.create_default_context(cafile=str(cert)), trust_env=False) as http,
     ):
         assert http.get(f"{lab.url}/health").json()["healthy"]
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{lab.url}/health", trust_env=False)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://127.0.0.1:{lab.port}/health", trust_env=False)
+        assert http.get(f"{lab.url}/health").json()["healthy"]
+        assert "Traceback" not in lab.log
+
+
+def test_key_of_another_certificate_is_refused(tmp_path: Path) -> None:
+    """A key that is not the certificate's, or no key at all, ends with 78."""
+    (cert, _), (_, other_key) = certificate(tmp_path / "a"), certificate(tmp_path / "b")
+    for key in (other_key, cert, tmp_path / "none"):
+        done = ended("--listen", "127.0.0.1:0", "--tls-cert", str(cert), "--tls-key", str(key), cwd=tmp_path)
+        assert (done.returncode, "tls_cert or tls_key cannot be used" in done.stderr) == (78, True)
 
 
 def test_what_others_could_reach_needs_tokens(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_lifeline_resumed_in_time_loses_nothing(turned: TurnedDaemon, raw: Raw, 
     secret = holder.ask("token")
     holder.ask("connect")
     welcome = holder.ask("resume", secret)
-    assert welcome["held"] == [{"name": "arm", "instance": "raw", "fencing_token": token}]
+    assert welcome["held"] == [{"name": "arm", "instance": "raw", "fencing_token": token, "lab": None}]
     if ways != ():
         assert holder.ask("heard_before") is None
     turned.pass_time(DAY_S)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from classic import ULID
+from classic import OTHER_ULID, ULID
 from madsci_registry import LocalRegistry, RegistryEntry, RegistryLock, RegistryResolveResult
-from madsci_registry.classic_types import entry_of
+from madsci_registry.classic_types import entries_of, entry_of
 from madsci_registry.names import is_ulid
 from madsci_registry.types import Component
 
@@ -118,3 +118,12 @@ def test_registry_and_result_have_their_defaults() -> None:
     assert (LocalRegistry().version, LocalRegistry().entries) == (1, {})
     result = RegistryResolveResult(name="arm", id=ULID, component_type="node")
     assert (result.is_new, result.source) == (False, "local")
+
+
+def test_other_ulids_of_an_export_are_handed_on() -> None:
+    """The other ULIDs of a component, which the daemon's export has and MADSci's models drop, go into an import."""
+    entry = {"id": ULID, "component_type": "node", "other_ids": [OTHER_ULID]}
+    data = {"entries": {"arm": entry, "leg": {"id": OTHER_ULID, "component_type": "node"}}}
+    entries = entries_of(data, may_lack=True)
+    assert entries["arm"]["other_ids"] == [OTHER_ULID] and "other_ids" not in entries["leg"]
+    assert entries_of(LocalRegistry.model_validate(data), may_lack=True)["arm"]["id"] == ULID

@@ -15,7 +15,7 @@ T = TypeVar("T")
 def take(queue: FairQueue[T], busy: int | None = None) -> T | None:
     """Take the next one, None where none is to be had."""
     user = queue.next_user(lambda user: user != busy)
-    return None if user is None else queue.take(user).item
+    return None if user is None else queue.take(user)[0]
 
 
 def test_user_with_one_request_waits_for_one_of_each_other() -> None:

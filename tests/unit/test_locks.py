@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 
 from madsci_registry.types import Process, Proof
 from madsci_registryd.locks import (
-    TRANSITIONS,
     Claim,
-    ClaimEvent,
-    ClaimState,
     Identity,
     Owner,
     Presence,
@@ -45,25 +41,6 @@ def test_decide_every_case_has_its_verdict(holder: Owner, ahead: int, may_wait: 
     assert decide(holder, ME, ahead=ahead, may_wait=may_wait) is verdict
 
 
-def test_claim_moves_along_the_table_and_nowhere_else() -> None:
-    """Every pair of state and event that the table does not have is a fault."""
-    for state, event in itertools.product(ClaimState, ClaimEvent):
-        claim = Claim("n", ME, 1, None, state=state)
-        if (state, event) in TRANSITIONS:
-            claim.move(event)
-            assert claim.state is TRANSITIONS[state, event]
-        else:
-            with pytest.raises(KeyError):
-                claim.move(event)
-
-
-def test_finish_goes_through_pending() -> None:
-    """A claim that nobody outside had to be asked about ends as if it had been pending."""
-    claim = Claim("n", ME, 1, None)
-    claim.finish(ClaimEvent.CONFIRM)
-    assert claim.state is ClaimState.GRANTED
-
-
 def test_queues_are_first_in_first_out_and_forget_what_is_removed() -> None:
     """Places are those of arrival, and removing a claim closes the gap."""
     queues = Queues()
@@ -80,13 +57,11 @@ def test_queues_are_first_in_first_out_and_forget_what_is_removed() -> None:
 
 
 def test_next_claim_passes_over_who_cannot_hear() -> None:
-    """A free name goes to the first waiter that can be told, and to nobody while a claim is pending."""
+    """A free name goes to the first waiter that can be told."""
     first, second = Claim("n", ME, 1, None), Claim("n", OTHER, 1, None)
     assert next_claim((first, second), lambda c: True) is first
     assert next_claim((first, second), lambda c: c is second) is second
     assert next_claim((first, second), lambda c: False) is None
-    second.move(ClaimEvent.TURN)
-    assert next_claim((first, second), lambda c: True) is None
 
 
 @pytest.mark.parametrize(

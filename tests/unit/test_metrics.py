@@ -42,6 +42,7 @@ STATUS: dict[str, Any] = {
     "waiting": 3,
     "degraded": ["this", "that"],
     "export": {"state": "failing", "claims": 4, "refused": 5, "old_programs": [{}, {}]},
+    "lab": {"state": "away", "behind": 6, "confirmed": 0, "unconfirmed": 2, "contested": ["arm"], "conflicts": 7},
 }
 
 
@@ -176,7 +177,7 @@ def test_histogram_counts_a_value_on_a_bound_below_it() -> None:
 
 
 def test_metrics_say_what_status_says(pair: Pair) -> None:
-    """Version, names, waiting, what is degraded and registry.json are those of `status`; sizes those on the disk."""
+    """Version, names, waiting, degraded, registry.json and the lab are those of `status`; sizes those on the disk."""
     a, b = pair.session("a"), pair.session("b")
     a.resolve("arm")
     b.drop()
@@ -188,6 +189,9 @@ def test_metrics_say_what_status_says(pair: Pair) -> None:
     assert now("start_time_seconds") == 1000.5
     assert [now("export_state", state=s) for s in ("on", "off", "failing", "stopped")] == [0, 0, 1, 0]
     assert [now(name) for name in ("export_claims", "old_changes_refused_total", "old_programs")] == [4, 5, 2]
+    assert [now("lab_state", state=s) for s in ("off", "connecting", "up", "away", "refused")] == [0, 0, 0, 1, 0]
+    assert [now("lab_behind"), now("lab_contested"), now("lab_conflicts")] == [6, 1, 7]
+    assert [now("lab_locks", standing=s) for s in ("confirmed", "unconfirmed")] == [0, 2]
     assert now("sessions", proof="pidfd", presence="attached") == 1
     assert now("sessions", proof="pidfd", presence="dropped") == 1
     assert now("database_bytes") == pair.path.stat().st_size
@@ -195,6 +199,7 @@ def test_metrics_say_what_status_says(pair: Pair) -> None:
     free = now("disk_free_bytes")
     assert free is not None and free > 0
     assert shown(pair, {"export": {"state": "off"}})("export_state", state="off") == 1
+    assert shown(pair, {"lab": {"state": "off"}})("lab_state", state="off") == 1
 
 
 def test_documented_metrics_are_those_that_there_are(pair: Pair) -> None:

@@ -157,7 +157,7 @@ def test_counts_follow_what_happens(tmp_path: Path) -> None:
         a.send("retire", name="arm", id=id)
         check(1, 1, 1, 1, 0)
     db.execute("BEGIN")
-    store.set_retired(id, False)
+    store.set_retired(id, False, AT)
     store.set_old_lock(id, OLD_LOCK)
     store.add_component("u", "new", "node", AT, "{}")
     check(3, 0, 2, 1, 0)

@@ -14,8 +14,6 @@ import pytest
 from helpers import FakeClock
 from madsci_registry import errors
 from madsci_registry.names import is_ulid
-from madsci_registryd.locks import Claim
-from madsci_registryd.service import OutsideStage
 from pair import Pair
 
 TERM = 1 << 20
@@ -563,35 +561,6 @@ def test_no_grants_for_10_s_after_an_io_error(pair: Pair) -> None:
     pair.turn()
     assert waits.code in ("ok", "waiting")
     assert a.resolve("arm", instance="j").code == "held"
-
-
-class AsksOutside(OutsideStage):
-    """A stage that says nothing until the test does."""
-
-    def __init__(self) -> None:
-        self.begun: list[Claim] = []
-
-    def begin(self, claim: Claim) -> bool:
-        self.begun.append(claim)
-        return False
-
-
-def test_pending_claim_keeps_others_out_until_outside_has_answered(tmp_path: Path) -> None:
-    """Between decision and commit the name is nobody else's and not made yet; a refusal gives it to the next."""
-    stage = AsksOutside()
-    pair = Pair(tmp_path / "registry.db", stage=stage)
-    a, b = pair.session("a"), pair.session("b")
-    first = a.resolve("arm", wait_s=5.0)
-    assert first.reply is None and a.send("lookup", name="arm").ok() == {"id": None}
-    assert b.resolve("arm").code == "held"
-    second = b.resolve("arm", wait_s=5.0)
-    pair.core.registrar.settle(stage.begun[0], errors.LabUnavailableError("the lab said no"))
-    pair.core.registrar.commit()
-    assert first.code == "lab_unavailable" and second.reply is None and len(stage.begun) == 2
-    pair.core.registrar.settle(stage.begun[1], None)
-    pair.core.registrar.commit()
-    assert second.ok()["is_new"]
-    pair.close()
 
 
 BAD = [
