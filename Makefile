@@ -56,9 +56,10 @@ run-lab: $(STAMP)
 	for host in host1 host2; do MADSCI_REGISTRYD_LAB_URL=http://$(LAB) $(BIN)/madsci-registryd \
 	--registry '$(LAB_DIR)'/$$host/registry.json & pids="$$pids $$!"; done; wait
 
+# Four at once on two cores: they mostly wait, for processes and for the disk.
 test: $(STAMP)
 	-@$(BIN)/python tests/etcd.py
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not chaos'
+	$(BIN)/python -m pytest -n 4 --dist loadfile -m 'not chaos'
 
 check: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
