@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -22,6 +23,8 @@ from helpers import PATIENCE_S, until
 
 UNPACKED = Path(sys.prefix) / "etcd"
 PACKAGES = ("etcd-server", "etcd-client")
+PACKAGE_S = 60.0
+"""How long each step to the package may take: where there is no network, the tests that need it are skipped."""
 WHY_NOT = "needs etcd: `python tests/etcd.py` unpacks Debian's package (apt-get and dpkg-deb)"
 _DIES_WITH_PARENT = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
@@ -45,12 +48,12 @@ def unpack() -> bool:
         return True
     if not all(shutil.which(tool) for tool in ("apt-get", "dpkg-deb")):
         return False
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, suppress(subprocess.TimeoutExpired):
         for before in ([], ["apt-get", "--quiet", "update"]):
             if before:
-                subprocess.run(before, check=False)
-            got = subprocess.run(["apt-get", "--quiet", "download", *PACKAGES], cwd=folder, check=False)
-            if got.returncode == 0:
+                subprocess.run(before, check=False, timeout=PACKAGE_S)
+            download = ["apt-get", "--quiet", "download", *PACKAGES]
+            if subprocess.run(download, cwd=folder, check=False, timeout=PACKAGE_S).returncode == 0:
                 break
         for package in Path(folder).glob("*.deb"):
             subprocess.run(["dpkg-deb", "--extract", str(package), str(UNPACKED)], check=True)
