@@ -6,18 +6,24 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import httpx
 import pytest
 
+import etcd
 from classic import Classic
-from helpers import DaemonProcess, Worker, daemons_under, end_daemons_under, environment
+from forwarding import Forwarding
+from helpers import DaemonProcess, FakeClock, Worker, daemons_under, end_daemons_under, environment
+from lab_stores import STORES, Stores
 from lab_stub import LabStub
 from labs import LabProcess
 from labs import client as lab_client
 from madsci_registry import RegistryClient
+from madsci_registry_lab.etcd_access import parse
+from madsci_registry_lab.etcd_store import EtcdStore
+from madsci_registry_lab.store import LabStore
 from raw_client import RawProcess
 from real_madsci import real_madsci
 from sandbox import Sandbox
@@ -127,6 +133,46 @@ def sandbox() -> Iterator[Sandbox]:
     """A system of its own with a systemd, where one can be booted here."""
     with Sandbox() as booted:
         yield booted
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """A clock that a test turns."""
+    return FakeClock()
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[Forwarding]:
+    """A host whose lab is there and has all."""
+    with Forwarding(tmp_path) as forwarding:
+        forwarding.keepalive()
+        yield forwarding
+
+
+@pytest.fixture(params=STORES)
+def stores(request: pytest.FixtureRequest, tmp_path: Path, clock: FakeClock) -> Iterator[Stores]:
+    """A lab's store that can be opened, closed and set back, of each kind."""
+    with STORES[request.param](tmp_path, clock) as made:
+        yield made
+
+
+@pytest.fixture
+def store(stores: Stores) -> LabStore:
+    """Such a store, open."""
+    return stores.open()
+
+
+@pytest.fixture
+def etcd_url() -> str:
+    """The setting of a lab that is not there yet, in an etcd that tests share."""
+    return etcd.fresh_url()
+
+
+@pytest.fixture
+def replica(etcd_url: str, clock: FakeClock) -> Iterator[Callable[[], EtcdStore]]:
+    """Makes replicas of that lab: `replica()` is one more."""
+    with ExitStack() as opened:
+        yield lambda: opened.enter_context(closing(EtcdStore(parse(etcd_url), clock)))
 
 
 @pytest.fixture

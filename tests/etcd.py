@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import itertools
 import shutil
 import signal
 import socket
@@ -26,6 +27,7 @@ PACKAGES = ("etcd-server", "etcd-client")
 PACKAGE_S = 60.0
 """How long each step to the package may take: where there is no network, the tests that need it are skipped."""
 WHY_NOT = "needs etcd: `python tests/etcd.py` unpacks Debian's package (apt-get and dpkg-deb)"
+_numbers = itertools.count()
 _DIES_WITH_PARENT = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
     "os.execve(sys.argv[1], sys.argv[1:], {'GOMAXPROCS': '2', 'ETCD_UNSUPPORTED_ARCH': 'arm64'})"
@@ -228,6 +230,11 @@ def shared() -> Cluster:
 
     atexit.register(end)
     return cluster.start()
+
+
+def fresh_url() -> str:
+    """Return the setting of a lab that is not there yet, in that member."""
+    return f"{shared().url}/lab-{next(_numbers)}"
 
 
 def paused(member: Member) -> _Paused:

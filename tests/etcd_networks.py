@@ -71,5 +71,5 @@ class CabledCluster(Cluster):
 
 
 def _run(*command: str) -> None:
-    """Run a command in the namespace of this thread: NetNamespace.run would lead out of it."""
+    """Run a command in the namespace of this thread."""
     subprocess.run(command, check=True, timeout=PATIENCE_S, capture_output=True)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from etcd import WHY_NOT, Cluster, control, is_here, shared
+from etcd import WHY_NOT, Cluster, control, fresh_url, is_here, shared
 from helpers import FakeClock
 from madsci_registry_lab.etcd_access import parse
 from madsci_registry_lab.etcd_store import EtcdStore
 from madsci_registry_lab.store import LabStore
-
-_numbers = itertools.count()
 
 
 class EtcdStores:
@@ -26,7 +23,7 @@ class EtcdStores:
             pytest.skip(WHY_NOT)
         self._folder = folder
         self._clock = clock
-        self._prefix = f"lab-{next(_numbers)}"
+        self._prefix = fresh_url().rpartition("/")[2]
         self._cluster = shared()
         self._open = ExitStack()
         self._own = ExitStack()

@@ -123,6 +123,14 @@ class Forwarding:
         self.away.append(error.message)
         self.forwarder.pause()
 
+    def sent(self, route: str = "/registry/changes") -> list[dict[str, Any]]:
+        """Return what was sent to a route of the lab."""
+        return [body for asked, body in self.lab.asked if asked == route]
+
+    def names_sent(self) -> list[str]:
+        """Return the names of all changes that were sent, in order, repeats included."""
+        return [change["component"]["name"] for body in self.sent() for change in body["changes"]]
+
     def restart(self) -> None:
         """Kill the daemon and start it again; its client is a new one."""
         self.pair.dead = set(self.pair.core.registrar.sessions)

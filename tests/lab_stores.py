@@ -1,4 +1,4 @@
-"""The stores that a lab can have, each for the one suite of tests in unit/test_lab_store.py."""
+"""The stores that a lab can have, each for the one suite of tests in unit/test_lab_store*.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from etcd_stores import EtcdStores
 from helpers import FakeClock
 from madsci_registry.errors import RegistryError
 from madsci_registry_lab.sqlite_store import SqliteStore
-from madsci_registry_lab.store import LabStore, Lock, Session, State, Want
+from madsci_registry_lab.store import Applied, Change, LabStore, Lock, Session, State, Want
 
 LEASE_S = 15.0
 ULIDS = [f"01M86NDR2BZN87TH2B3SP1N0{n:02}" for n in range(100)]
@@ -103,3 +103,30 @@ class Host:
 
     def release(self, name: str, term: int | None) -> bool:
         return bool(self.store.release(self.name, self.session.id, {name: term}))
+
+
+def batch(store: LabStore, host: str, after: int, *states: State, epoch: int = 1) -> Applied:
+    """Send states as the changes that follow on revision `after`."""
+    changes = [Change(after + n, s) for n, s in enumerate(states, 1)]
+    return store.apply(host, epoch, after, after + len(states), changes)
+
+
+def sync(store: LabStore, host: str, *states: State, upto: int | None = 100) -> Applied:
+    """Send all that a host has."""
+    return store.apply(host, 1, None, upto, [Change(0, s) for s in states])
+
+
+def kinds(store: LabStore, cursor: str) -> list[tuple[str, str | None]]:
+    """Return kind and name of all changes after a cursor."""
+    return [(e.kind, e.name) for e in store.changes(cursor, 1000).events]
+
+
+def pass_time(store: LabStore, clock: FakeClock, seconds: float, *, living: tuple[Host, ...] = ()) -> int:
+    """Let time pass, looking each second as the lab does; return how many sessions ended."""
+    ended = 0
+    for _ in range(int(seconds)):
+        clock.advance(1)
+        for host in living:
+            host.keep()
+        ended += store.expire()
+    return ended

@@ -1,5 +1,5 @@
-"""PID namespaces for tests: clients and daemons in containers of their own, as far as processes can tell; and what a
-test needs of the machine for them.
+"""Namespaces for tests, above all of PIDs: clients and daemons in containers of their own, as far as they can tell;
+and what a test needs of the machine for them.
 
 `PidNamespace` is one that lasts for a `with` block; what is started within `entered()` is in it. `ContainedDaemon` is
 a daemon that has a namespace to itself, a new one at each start. All in a namespace dies with it.
@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from helpers import PATIENCE_S, DaemonProcess, environment, until
 from madsci_registry.types import Proof
 
-_CLONE_NEWPID = 0x20000000
 _UNSHARE = ["unshare", "--pid", "--fork", "--kill-child"]
 _DIES_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
 _SO_PEERPIDFD = 77
@@ -89,59 +89,84 @@ def _gives_peer_pidfd() -> bool:
     return True
 
 
-class PidNamespace:
-    """A PID namespace whose init only waits. A context manager; at its end all in it gets SIGKILL."""
+_Made = TypeVar("_Made", bound="Namespace")
 
-    def __enter__(self) -> PidNamespace:
-        command = [sys.executable, "-c", _DIES_WITH_PARENT, *_UNSHARE, "sleep", "infinity"]
-        self._unshare = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        self._ours = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+
+class Namespace:
+    """A namespace of one kind, made by unshare(1) and kept by a process that only waits. A context manager."""
+
+    kind: str
+    """The file under /proc/PID/ns that leads to it, for who is in it or starts what shall be."""
+    unshare: list[str]
+
+    def __enter__(self: _Made) -> _Made:
+        command = [sys.executable, "-c", _DIES_WITH_PARENT, *self.unshare, "sleep", "infinity"]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         self._fd = until(self._open, "for unshare to make a namespace")
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Not waited for is the init: it lasts until its last process is reaped, maybe by this test.
-        self._unshare.kill()
-        self._unshare.wait(PATIENCE_S)
+        # Not waited for is the init of a PID namespace: it lasts until its last process is reaped, maybe by this test.
+        self._process.kill()
+        self._process.wait(PATIENCE_S)
         os.close(self._fd)
-        os.close(self._ours)
+
+    @property
+    def pid(self) -> int:
+        """The process that keeps it."""
+        return self._process.pid
 
     def _open(self) -> int | None:
-        assert self._unshare.poll() is None, "unshare ended"
+        assert self._process.poll() is None, "unshare ended"
         try:
-            fd = os.open(f"/proc/{self._unshare.pid}/ns/pid_for_children", os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(f"/proc/{self.pid}/ns/{self.kind}", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            return None  # it has no init yet
-        if os.path.samestat(os.fstat(fd), os.fstat(self._ours)):
+            return None  # a PID namespace that has no init yet
+        if os.path.samestat(os.fstat(fd), Path(f"/proc/thread-self/ns/{self.kind}").stat()):
             os.close(fd)
             return None
         return fd
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Let processes that are started in here be in the namespace. (Threads cannot be started meanwhile.)"""
-        _set_namespace(self._fd)
+        """Let this thread be in the namespace, and after the block where it was before: blocks may be nested."""
+        before = os.open(f"/proc/thread-self/ns/{self.kind}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            yield
+            _set_namespace(self._fd)
+            try:
+                yield
+            finally:
+                _set_namespace(before)
         finally:
-            _set_namespace(self._ours)
+            os.close(before)
 
-    def choose_next_pid(self, number: int) -> None:
-        """Let the next process that is started in the namespace have this pid, if it is free."""
-        with self.entered():  # what is written there counts for the namespace of who writes
-            command = ["sh", "-c", f"echo {number - 1} > /proc/sys/kernel/ns_last_pid"]
-            subprocess.run(command, check=True, timeout=PATIENCE_S)
-
-    def kill(self) -> None:
-        """End the namespace: its init dies, and all in it."""
-        init = only_child_of(self._unshare.pid)
-        assert init
-        os.kill(init, signal.SIGKILL)
+    def run(self, *command: str) -> None:
+        """Run a command in the namespace."""
+        with self.entered():
+            subprocess.run(command, check=True, timeout=PATIENCE_S, capture_output=True)
 
 
 def _set_namespace(fd: int) -> None:
-    if _libc.setns(fd, _CLONE_NEWPID) != 0:
+    if _libc.setns(fd, 0) != 0:
         raise OSError(ctypes.get_errno(), "setns")
+
+
+class PidNamespace(Namespace):
+    """A PID namespace: what is started within `entered()` is in it (threads cannot be started meanwhile). At its end
+    all in it gets SIGKILL."""
+
+    kind = "pid_for_children"
+    unshare = _UNSHARE
+
+    def choose_next_pid(self, number: int) -> None:
+        """Let the next process that is started in the namespace have this pid, if it is free."""
+        self.run("sh", "-c", f"echo {number - 1} > /proc/sys/kernel/ns_last_pid")  # it counts for that of who writes
+
+    def kill(self) -> None:
+        """End the namespace: its init dies, and all in it."""
+        init = only_child_of(self.pid)
+        assert init
+        os.kill(init, signal.SIGKILL)
 
 
 def only_child_of(pid: int) -> int | None:

@@ -6,24 +6,18 @@ of TEST-NET-1 (RFC 5737), in namespaces that lead nowhere else. Unix sockets are
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
-from helpers import PATIENCE_S, DaemonProcess, until
+from helpers import DaemonProcess
 from labs import LabProcess
-
-_CLONE_NEWNET = 0x40000000
-_DIES_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
-_libc = ctypes.CDLL(None, use_errno=True)
+from namespaces import Namespace
 
 
 @lru_cache(maxsize=1)
@@ -46,53 +40,17 @@ def need_networks() -> None:
         pytest.skip(why)
 
 
-class NetNamespace:
-    """A network namespace with nothing in it but its own loopback. A context manager."""
+class NetNamespace(Namespace):
+    """A network namespace with nothing in it but its own loopback: what is started within `entered()` is in it, and the
+    sockets that are made there."""
+
+    kind = "net"
+    unshare = ["unshare", "--net"]
 
     def __enter__(self) -> NetNamespace:
-        command = [sys.executable, "-c", _DIES_WITH_PARENT, "unshare", "--net", "sleep", "infinity"]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        self._ours = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        self._fd = until(self._open, "for unshare to make a namespace")
+        super().__enter__()
         self.run("ip", "link", "set", "lo", "up")
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait(PATIENCE_S)
-        os.close(self._fd)
-        os.close(self._ours)
-
-    @property
-    def pid(self) -> int:
-        """A process in it."""
-        return self._process.pid
-
-    def _open(self) -> int | None:
-        assert self._process.poll() is None, "unshare ended"
-        fd = os.open(f"/proc/{self._process.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        if os.path.samestat(os.fstat(fd), os.fstat(self._ours)):
-            os.close(fd)
-            return None
-        return fd
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Let this thread be in the namespace, with what it starts and the sockets that it makes."""
-        _set_namespace(self._fd)
-        try:
-            yield
-        finally:
-            _set_namespace(self._ours)
-
-    def run(self, *command: str) -> None:
-        with self.entered():
-            subprocess.run(command, check=True, timeout=PATIENCE_S, capture_output=True)
-
-
-def _set_namespace(fd: int) -> None:
-    if _libc.setns(fd, _CLONE_NEWNET) != 0:
-        raise OSError(ctypes.get_errno(), "setns")
 
 
 class ReachableLab(LabProcess):

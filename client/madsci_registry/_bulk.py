@@ -1,4 +1,4 @@
-"""What does not fit one frame: export, import and backup, piece by piece."""
+"""What does not fit one frame: export, import, backup, the lab's conflicts, piece by piece."""
 
 from __future__ import annotations
 
@@ -46,6 +46,20 @@ def export(session: Session, read: Callable[[dict[str, Any]], Ask]) -> dict[str,
         if whole is not None:
             return whole
     raise BusyError(f"the registry changed {EXPORT_TRIES} times while it was being read; try again")
+
+
+def conflicts(
+    session: Session, read: Callable[[dict[str, Any]], Ask], name: str | None, decided: bool
+) -> list[dict[str, Any]]:
+    """Read the lab's conflicts, all or those of one name, in the order of their names."""
+    found: list[dict[str, Any]] = []
+    after = None if name is None else [name, ""]
+    while True:
+        page = session.ask(read({"op": "lab_conflicts", "decided": decided, "after": after}))
+        found += [c for c in page["conflicts"] if name is None or c["name"] == name]
+        after = page["after"]
+        if after is None or (name is not None and after[0] != name):
+            return found
 
 
 def _export_once(session: Session, read: Callable[[dict[str, Any]], Ask]) -> dict[str, Any] | None:

@@ -459,15 +459,7 @@ class RegistryClient:
         Raises:
             UnsupportedError: the daemon has no lab. LabUnavailableError.
         """
-        body: dict[str, Any] = {"op": "lab_conflicts", "decided": decided}
-        found: list[dict[str, Any]] = []
-        after = None if name is None else [name, ""]
-        while True:
-            page = self._shared().ask(Ask({**body, "after": after}, self.timeout, start=self._start()))
-            found += [c for c in page["conflicts"] if name is None or c["name"] == name]
-            after = page["after"]
-            if after is None or (name is not None and after[0] != name):
-                return found
+        return _bulk.conflicts(self._shared(), self._ask_read, name, decided)
 
     def lab_merge(self, name: str, prefer: str) -> dict[str, Any]:
         """Decide a conflict in the lab: `prefer` is the ULID of the name; the others stay known as the same component.

@@ -81,10 +81,9 @@ class Handlers:
         """How many names of each user wait for the lab's answer."""
         self._decode = p.request_validator().validate_json
         self._decode_line = p.line_validator().validate_json
-        self.lab = NoLabVerbs()
         service, reads = registrar.service, registrar.reads
         self._table: dict[type, Read | Change | Parks] = {
-            p.Lookup: Parks(self._lookup),
+            p.Lookup: Read(reads.lookup),
             p.Get: Read(reads.get),
             p.Whois: Read(reads.whois),
             p.List: Read(reads.list),
@@ -114,10 +113,19 @@ class Handlers:
             p.SetMetadata: Change(service.set_metadata),
             p.BreakLock: Change(service.break_lock),
             p.Import: Parks(imports.receive),
-            p.LabConflicts: Parks(self._lab_conflicts),
-            p.LabMerge: Parks(self._lab_merge),
-            p.LabSync: Parks(self._lab_sync),
         }
+        self.use_lab(NoLabVerbs())
+
+    def use_lab(self, lab: NoLabVerbs) -> None:
+        """Let these verbs answer what concerns the lab: where there is one, lookups of names not known here, too."""
+        self.lab = lab
+        self._table |= {
+            p.LabConflicts: Parks(lab.conflicts),
+            p.LabMerge: Parks(lab.merge),
+            p.LabSync: Parks(lab.sync),
+        }
+        if lab.is_on:
+            self._table[p.Lookup] = Parks(self._lookup)
 
     def request(self, frame: bytes, answer: Answer) -> None:
         """Do what a frame asks; `answer` is called now, after the turn's commit, or when a wait is over."""
@@ -191,7 +199,7 @@ class Handlers:
     def _lookup(self, who: Session, r: p.Lookup, answer: Answer) -> None:
         """Answer the ULID of a name: what is known here, else what the lab says."""
         found = self._registrar.reads.lookup(who, r)
-        if found["id"] is not None or not self.lab.is_on:
+        if found["id"] is not None:
             answer({"ok": found})
             return
         self._begin(self._asking, who, 1)
@@ -201,17 +209,6 @@ class Handlers:
             answer(reply)
 
         self.lab.lookup(r.name, said)
-
-    # by name: a lab may come after the table
-
-    def _lab_conflicts(self, who: Session, r: p.LabConflicts, answer: Answer) -> None:
-        self.lab.conflicts(who, r, answer)
-
-    def _lab_merge(self, who: Session, r: p.LabMerge, answer: Answer) -> None:
-        self.lab.merge(who, r, answer)
-
-    def _lab_sync(self, who: Session, r: p.LabSync, answer: Answer) -> None:
-        self.lab.sync(who, r, answer)
 
     def session_of(self, frame: bytes) -> Session | None:
         """Return which session sent a frame, by the token in it and without decoding it; None: none."""

@@ -126,8 +126,8 @@ class _Transport(httpx.HTTPTransport):
     """httpx's own, over such connections."""
 
     def __init__(self, verify: ssl.SSLContext | bool, deadline: Deadline) -> None:
-        super().__init__(verify=verify, trust_env=False)
         context = httpx.create_ssl_context(verify=verify, trust_env=False)
+        super().__init__(verify=context, trust_env=False)
         self._pool = httpcore.ConnectionPool(ssl_context=context, network_backend=_Backend(deadline))
 
 

@@ -66,7 +66,7 @@ class LabSide:
         self.forwarder.delivered.append(self.tenures.delivered)
         self.tenures.open()
         self._core.service.lab = self.tenures
-        self._core.handlers.lab = self.verbs
+        self._core.handlers.use_lab(self.verbs)
 
     def start(self) -> None:
         """Begin to talk to the lab."""

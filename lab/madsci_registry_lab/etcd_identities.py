@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from madsci_registry.errors import ConflictError, HeldError, NotFoundError, WrongTypeError
+from madsci_registry.errors import HeldError, NotFoundError
 from madsci_registry_lab import etcd_rows as rows
 from madsci_registry_lab import rules
 from madsci_registry_lab.etcd_locks import Locks
@@ -33,18 +33,12 @@ class Identities:
         locking = (rows.session_key(session), rows.lock_key(state.name), rows.META) if session and want else ()
         self._tx.fetch(f"n/{state.name}", f"v/{state.name}", rows.id_key(state.id), *locking)
         row = names.taken(state.name)
+        is_known = row is None and names.id_row(state.id) is not None
+        after = rules.resolved(state, host, row.entry(None) if row else None, is_known=is_known)
         if row is None:
-            if names.id_row(state.id) is not None:
-                raise ConflictError(f"{state.id} is another component's", name=state.name, id=state.id)
             self._create(state, host, op)
-        elif row.component_type != state.component_type:
-            raise WrongTypeError(
-                f"{state.name!r} is a {row.component_type}",
-                name=state.name, id=row.id, component_type=row.component_type, given=state.component_type,
-            )  # fmt: skip
-        elif row.retired:
-            later = max(row.changed_at, state.changed_at)
-            self._put(replace(row.entry(None), retired=False, changed_at=later, host=host), "revived")
+        elif after is not None:
+            self._put(after, "revived")
         lock = self.locks.acquire(host, session, state.name, want) if session and want else None
         entry = self.entry(names.row(state.name))
         made = names.id_row(entry.id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from madsci_registry.errors import ConflictError
+from madsci_registry.errors import ConflictError, WrongTypeError
 from madsci_registry_lab.store import (
     TERM_LIMIT,
     Entry,
@@ -71,6 +71,32 @@ def judge(given: State, host: str, by_id: Entry | None, by_name: Entry | None, *
 
 def _same(given: State, entry: Entry) -> bool:
     return given.retired == entry.retired and given.metadata == entry.metadata
+
+
+def resolved(given: State, host: str, there: Entry | None, *, is_known: bool) -> Entry | None:
+    """Return what a resolve leaves under a name, where it changes something: made, or revived; None: it stays as it is.
+
+    Args:
+        given: the name, its type, and the ULID that it has if it is new.
+        host: whose request it is.
+        there: the entry of the name.
+        is_known: whether that ULID is a component's already.
+
+    Raises:
+        ConflictError, WrongTypeError: see LabStore.resolve.
+    """
+    if there is None:
+        if is_known:
+            raise ConflictError(f"{given.id} is another component's", name=given.name, id=given.id)
+        return fresh(given, host)
+    if there.component_type != given.component_type:
+        raise WrongTypeError(
+            f"{given.name!r} is a {there.component_type}",
+            name=given.name, id=there.id, component_type=there.component_type, given=given.component_type,
+        )  # fmt: skip
+    if not there.retired:
+        return None
+    return replace(there, retired=False, changed_at=max(there.changed_at, given.changed_at), host=host)
 
 
 def grant(name: str, session: str, host: str, held: Lock | None, last: tuple[int, str | None], want: Want) -> int:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-from madsci_registry.errors import ConflictError, HeldError, NotFoundError, WrongTypeError
+from madsci_registry.errors import HeldError, NotFoundError
 from madsci_registry_lab import rules
 from madsci_registry_lab import sqlite_rows as rows
 from madsci_registry_lab.clock import Clock, iso
@@ -46,18 +46,12 @@ class Components:
     def ensure(self, host: str, op: str, state: State) -> None:
         """Make the component of a new name, or see to it that what there is is no other and not retired."""
         entry = self.by_name(state.name)
+        is_known = entry is None and self.by_id(state.id) is not None
+        after = rules.resolved(state, host, entry, is_known=is_known)
         if entry is None:
-            if self.by_id(state.id) is not None:
-                raise ConflictError(f"{state.id} is another component's", name=state.name, id=state.id)
             self._create(state, host, op)
-        elif entry.component_type != state.component_type:
-            raise WrongTypeError(
-                f"{state.name!r} is a {entry.component_type}",
-                name=state.name, id=entry.id, component_type=entry.component_type, given=state.component_type,
-            )  # fmt: skip
-        elif entry.retired:
-            later = max(entry.changed_at, state.changed_at)
-            self._put(replace(entry, retired=False, changed_at=later, host=host), "revived")
+        elif after is not None:
+            self._put(after, "revived")
 
     def was_made_by(self, id: str, host: str, op: str) -> bool:
         """Tell whether that request of that host made a component."""

@@ -1,6 +1,6 @@
 """The contract of a lab's store: values, errors, and what each operation promises whatever is behind it.
 
-Rules that every store keeps (tests/unit/test_lab_store.py is run over each of them)
+Rules that every store keeps (tests/unit/test_lab_store*.py are run over each of them)
 - What was answered is durable. An operation changes all that it says or nothing; `apply` alone may end after some of
   its changes where the store does not answer any more: sent again, each counts once.
 - A name has one component at a time; of those who make one at once, exactly one wins, and the others are told its ULID.

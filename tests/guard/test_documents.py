@@ -138,7 +138,7 @@ def test_tests_that_architecture_names_exist() -> None:
     named = set(re.findall(r"`(test_\w+)`", ARCHITECTURE))
     assert named <= set(re.findall(r"^def (test_\w+)\(", sources, re.MULTILINE))
     promises = re.findall(r"^\| (\d+) \| \*\*.*?\| (.*?) \|$", ARCHITECTURE, re.MULTILINE)
-    assert [int(number) for number, _ in promises] == [1, 2, 3, 4, 5, 6, 7, 9, 10]
+    assert [int(number) for number, _ in promises] == [*range(1, 11)]
     assert all("`test_" in tests for _, tests in promises)
 
 

@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from forwarding import Forwarding, InnerLab
-from helpers import FakeClock
+from forwarding import Forwarding
 from madsci_registry.errors import InvalidError, LabUnavailableError, PermissionDeniedError
-from madsci_registry_lab.store import Change, State
 from madsci_registryd import lab_changes
 from madsci_registryd.forwarder import PACE_S
 from madsci_registryd.identity_history import Told
 
 AT = "2026-01-01T00:00:00.000000Z"
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Iterator[Forwarding]:
-    """A host whose lab is there and has all."""
-    with Forwarding(tmp_path) as forwarding:
-        forwarding.keepalive()
-        yield forwarding
-
-
-def sent(here: Forwarding, route: str = "/registry/changes") -> list[dict[str, Any]]:
-    """Return what was sent to a route of the lab."""
-    return [body for asked, body in here.lab.asked if asked == route]
-
-
-def names_sent(here: Forwarding) -> list[str]:
-    """Return the names of all changes that were sent, in order, repeats included."""
-    return [change["component"]["name"] for body in sent(here) for change in body["changes"]]
 
 
 def test_change_is_in_the_lab_after_it_was_answered(here: Forwarding) -> None:
@@ -70,7 +48,7 @@ def test_change_while_the_lab_is_away_is_delivered_when_it_is_back_in_order(here
     here.lanes.fault = ""
     here.keepalive()
     here.wait(1)
-    assert names_sent(here) == [f"node {n}" for n in range(50)]
+    assert here.names_sent() == [f"node {n}" for n in range(50)]
     assert here.forwarder.behind() == 0
     assert here.forwarder.revision == here.lab.mark("here")[1]  # type: ignore[index]
 
@@ -103,7 +81,7 @@ def test_restart_between_sending_and_noting_sends_nothing_that_the_lab_has(here:
     here.keepalive()
     assert here.forwarder.behind() == 0
     assert here.lab.mark("here") == before
-    assert len(sent(here)) == 1
+    assert len(here.sent()) == 1
     assert here.pair.core.store.meta("lab_revision") == before[1]  # type: ignore[index]
 
 
@@ -116,106 +94,7 @@ def test_restart_while_the_lab_is_away_drops_nothing(here: Forwarding) -> None:
     here.lanes.fault = ""
     here.keepalive()
     assert here.lab.find("arm").id == id
-    assert len(sent(here, "/registry/sync")) == 1, "of the first contact"
-
-
-def test_lab_that_was_set_back_is_told_again_from_its_mark(here: Forwarding, tmp_path: Path) -> None:
-    """A lab that was restored from a backup gets what it has lost, by the next keepalive, though nothing changes."""
-    here.make("first")
-    here.run()
-    mark = here.lab.mark("here")
-    assert mark is not None
-    ids = {name: here.make(name) for name in ("second", "third")}
-    here.run()
-    older = InnerLab(tmp_path / "older", FakeClock())
-    here.lanes.lab, newer, here.lab = older, here.lab, older
-    older.registry.store.apply("here", mark[0], None, mark[1], [])
-    here.keepalive()
-    here.keepalive()
-    assert older.names() == ids
-    assert len(sent(here, "/registry/sync")) == 0
-    older.close()
-    here.lab = newer
-
-
-def test_lab_that_was_set_back_is_noticed_by_its_refusal(here: Forwarding, tmp_path: Path) -> None:
-    """Changes that do not follow on what a restored lab has are answered with its mark, and sent from there."""
-    here.make("first")
-    here.run()
-    mark = here.lab.mark("here")
-    assert mark is not None
-    here.make("second")
-    here.run()
-    older = InnerLab(tmp_path / "older", FakeClock())
-    here.lanes.lab, newer, here.lab = older, here.lab, older
-    older.registry.store.apply("here", mark[0], None, mark[1], [])
-    here.make("third")
-    here.run()
-    here.wait(1)
-    assert [*older.names()] == ["second", "third"]
-    older.close()
-    here.lab = newer
-
-
-def test_new_lab_gets_all_by_a_sync(here: Forwarding, tmp_path: Path) -> None:
-    """A lab that has nothing of a host is told all that there is now: retired names too, none of the past ones."""
-    arm, leg = here.make("arm", rack=1), here.make("leg")
-    here.rename("arm", "left arm")
-    here.retire("leg")
-    here.run()
-    new = InnerLab(tmp_path / "new", FakeClock())
-    here.lanes.lab, before, here.lab = new, here.lab, new
-    here.keepalive()
-    here.keepalive()
-    assert new.names() == {"left arm": arm, "leg": leg}
-    assert new.find("leg").retired and json.loads(new.find("left arm").metadata) == {"rack": 1}
-    assert sent(here) == []
-    here.make("hand")
-    here.run()
-    assert "hand" in new.names()
-    new.close()
-    here.lab = before
-
-
-def test_other_numbering_is_told_all_anew(here: Forwarding) -> None:
-    """A registry that was copied numbers its changes anew: it syncs, and goes on from there."""
-    here.make("arm")
-    here.run()
-    here.host.epoch += 1
-    asked = len(here.lab.asked)
-    here.make("leg")
-    here.run()
-    assert here.forwarder.revision == 0
-    assert len(here.lab.asked) == asked, "nothing is sent until the lab was told of it"
-    here.keepalive()
-    mark = here.lab.mark("here")
-    assert mark is not None and mark[0] == here.host.epoch
-    assert [*here.lab.names()] == ["arm", "leg"]
-    assert here.forwarder.revision == mark[1]
-
-
-def test_answer_to_the_last_numbering_is_not_noted_for_the_next(here: Forwarding) -> None:
-    """What the lab had of a numbering that has just ended is no word about the next one."""
-    here.make("arm")
-    here.turn()
-    here.lanes.work()
-    with here.pair.core.db:
-        here.host.epoch += 1
-        here.pair.core.store.drop_meta("lab_revision")
-    here.turn()
-    assert here.pair.core.store.meta("lab_revision") is None
-
-
-def test_mark_that_is_none_of_our_changes_leads_to_a_sync(here: Forwarding) -> None:
-    """A mark that no change of this database has is of another history (it was set back to a backup): all is told."""
-    here.make("arm")
-    here.run()
-    epoch, revision = here.lab.mark("here") or (0, 0)
-    here.lab.registry.store.apply("here", epoch, revision, revision + 7, [])
-    here.keepalive()
-    here.keepalive()
-    assert len(sent(here, "/registry/sync")) == 2
-    assert here.lab.mark("here") == (epoch, revision + 7), "which never goes back"
+    assert len(here.sent("/registry/sync")) == 1, "of the first contact"
 
 
 def test_swapped_names_come_to_the_lab_as_they_went(here: Forwarding) -> None:
@@ -250,7 +129,7 @@ def test_change_says_what_it_left_not_what_is_now(here: Forwarding) -> None:
     here.lanes.fault = ""
     here.keepalive()
     here.wait(1)
-    states = [change["component"] for body in sent(here) for change in body["changes"]]
+    states = [change["component"] for body in here.sent() for change in body["changes"]]
     assert [(s["name"], s["metadata"]["n"], s["retired"]) for s in states] == [
         ("arm", 1, False),
         ("b", 1, False),
@@ -271,101 +150,9 @@ def test_lock_events_are_not_told(here: Forwarding) -> None:
     for _ in range(30):
         here.client.release("arm", here.client.resolve("arm").ok()["fencing_token"])
         here.run()
-    assert len(sent(here)) == 1
+    assert len(here.sent()) == 1
     assert here.lab.mark("here") == mark
     assert here.forwarder.behind() == 0
-
-
-def test_change_during_a_sync_is_told_after_it(tmp_path: Path) -> None:
-    """What changes while all is being told is told afterwards, as it went: swapped names too."""
-    with Forwarding(tmp_path) as here:
-        ids = {f"n{n:03}": here.make(f"n{n:03}") for n in range(200)}
-        here.forwarder.begin(None)
-        for _ in range(4):
-            here.turn()  # some names are read
-        here.rename("n000", "away")
-        here.rename("n199", "n000")
-        here.rename("away", "n199")
-        here.rename("n150", "z")
-        here.rename("z", "n200")
-        here.rename("n160", "z")
-        late = here.make("a late one")
-        here.run()
-        expected = ids | {"n000": ids["n199"], "n199": ids["n000"], "a late one": late}
-        expected |= {"n200": expected.pop("n150"), "z": expected.pop("n160")}
-        assert here.lab.names() == dict(sorted(expected.items()))
-        assert here.lab.registry.store.about().conflicts == 0
-        assert here.forwarder.behind() == 0
-
-
-def test_keepalive_during_a_sync_leaves_it_alone(tmp_path: Path) -> None:
-    """A sync of many names goes on, though the lab says with each keepalive meanwhile that it has no mark."""
-    with Forwarding(tmp_path) as here:
-        for n in range(200):
-            here.make(f"n{n}", text="x" * 500)
-        here.forwarder.begin(None)
-        while here.forwarder.behind():
-            here.turn()
-            if here.lanes.work():
-                here.clock.advance(PACE_S)
-                here.forwarder.begin(here.lab.mark("here"))
-        states = [state["name"] for body in sent(here, "/registry/sync") for state in body["components"]]
-        assert len(states) == 200
-
-
-def test_sync_that_is_interrupted_begins_anew(tmp_path: Path) -> None:
-    """A lab that went away in the middle of a sync is told all of it again: it may be another one."""
-    with Forwarding(tmp_path) as here:
-        made = {f"n{n:04}": here.make(f"n{n:04}", text="x" * 1000) for n in range(200)}
-        here.forwarder.begin(None)
-        while not here.lanes.waiting:
-            here.turn()
-        here.lanes.work()
-        here.clock.advance(PACE_S)
-        while not here.lanes.waiting:
-            here.turn()
-        here.lanes.fault = "away"
-        here.lanes.work()
-        new = InnerLab(tmp_path / "new", FakeClock())
-        here.lanes.lab, before, here.lab = new, here.lab, new
-        here.lanes.fault = ""
-        here.keepalive()
-        here.wait(1)
-        assert new.names() == made
-        new.close()
-        here.lab = before
-
-
-def test_mark_of_a_sync_is_a_change_that_is_never_lost(tmp_path: Path) -> None:
-    """A sync ends with a revision that outlasts a power loss, which those of locks do not."""
-    with Forwarding(tmp_path) as here:
-        here.client.resolve("arm").ok()
-        here.keepalive()
-        last = here.pair.core.store.events(0, 100)
-        assert [event["kind"] for event in last] == ["started", "created", "granted"]
-        assert here.lab.mark("here") == (1, last[1]["revision"])
-
-
-def test_sync_whose_last_answer_was_lost_is_not_made_again(tmp_path: Path) -> None:
-    """Where the lab has noted the end of a sync, the next keepalive says so, and it is done."""
-    with Forwarding(tmp_path) as here:
-        here.make("arm")
-        here.lanes.fault = "lost"
-        here.keepalive()
-        here.lanes.fault = ""
-        here.keepalive()
-        here.wait(1)
-        assert len(sent(here, "/registry/sync")) == 1
-        assert here.forwarder.behind() == 0
-
-
-def test_empty_registry_syncs_once(here: Forwarding) -> None:
-    """A host without a name has a mark in the lab after the first contact, and asks no more."""
-    assert here.lab.mark("here") is not None
-    asked = len(here.lab.asked)
-    here.keepalive()
-    here.wait(100)
-    assert len(here.lab.asked) == asked
 
 
 def test_large_metadata_go_in_several_requests(here: Forwarding) -> None:
@@ -376,8 +163,8 @@ def test_large_metadata_go_in_several_requests(here: Forwarding) -> None:
     here.lanes.fault = ""
     here.keepalive()
     here.wait(1)
-    assert [len(body["changes"]) for body in sent(here)] == [1, 3, 3, 3, 1, 1, 1]
-    assert all(len(json.dumps(body)) < 1.1 * lab_changes.CHARS_A_REQUEST for body in sent(here))
+    assert [len(body["changes"]) for body in here.sent()] == [1, 3, 3, 3, 1, 1, 1]
+    assert all(len(json.dumps(body)) < 1.1 * lab_changes.CHARS_A_REQUEST for body in here.sent())
     assert [*here.lab.names().values()] == made
 
 
@@ -431,7 +218,7 @@ def test_change_that_the_lab_cannot_read_holds_up_none_after_it(here: Forwarding
         here.make(f"after it {n}")
     here.keepalive()
     assert f"after it {n}" in here.lab.names()
-    assert len(sent(here)[-1]["changes"]) == 5, "they go together again"
+    assert len(here.sent()[-1]["changes"]) == 5, "they go together again"
 
 
 def test_last_change_that_the_lab_cannot_read_is_not_sent_for_ever(here: Forwarding) -> None:
@@ -540,21 +327,8 @@ def test_stale_mark_of_a_keepalive_sends_nothing_twice(here: Forwarding) -> None
     here.run()
     here.forwarder.begin(stale)
     here.run()
-    assert len(sent(here)) == 1
+    assert len(here.sent()) == 1
     assert here.forwarder.behind() == 0
-
-
-def test_answer_from_before_a_new_beginning_does_not_count(here: Forwarding) -> None:
-    """What comes of a request that was under way when all began anew is no delivery of what is sent since."""
-    here.make("arm")
-    here.turn()
-    assert here.lanes.waiting
-    here.host.epoch += 1
-    here.forwarder.begin(None)
-    here.lanes.work()
-    assert here.forwarder.revision == 0
-    here.run()
-    assert here.lab.mark("here") == (here.host.epoch, here.forwarder.revision)
 
 
 def test_delivery_is_told(here: Forwarding) -> None:
@@ -579,37 +353,6 @@ def test_restored_name_is_told_to_the_lab(here: Forwarding) -> None:
     assert here.forwarder.behind() == 0
 
 
-def test_two_hosts_keep_their_own_marks(tmp_path: Path) -> None:
-    """Each host is told of by itself, in order per host."""
-    lab = InnerLab(tmp_path, FakeClock())
-    with Forwarding(tmp_path, lab, name="a") as a, Forwarding(tmp_path, lab, name="b") as b:
-        a.keepalive()
-        b.keepalive()
-        a.make("arm")
-        b.make("leg")
-        a.run()
-        b.run()
-        assert [*lab.names()] == ["arm", "leg"]
-        assert lab.mark("a") == (1, a.forwarder.revision)
-        assert lab.mark("b") == (1, b.forwarder.revision)
-    lab.close()
-
-
-def test_lab_has_a_later_word_in_a_sync_that_stays(tmp_path: Path) -> None:
-    """A sync changes nothing of which the lab has a later word; that is counted, and nothing changes here."""
-    with Forwarding(tmp_path) as here:
-        id = here.make("arm", n=1)
-        later = State(
-            id=id, name="arm", component_type="node", metadata='{"n":9}', created_at=AT, changed_at="2999" + AT[4:]
-        )
-        here.lab.registry.store.apply("there", 1, 0, 1, [Change(1, later)])
-        here.keepalive()
-        assert here.lab.find("arm").metadata == '{"n":9}'
-        assert here.client.get("arm")["metadata"] == {"n": 1}
-        assert here.forwarder.objections.counts == {"newer": 1}
-        assert here.forwarder.behind() == 0
-
-
 def test_lab_away_error_class_is_told(here: Forwarding) -> None:
     """`on_away` gets the error that says why."""
     got: list[LabUnavailableError] = []
@@ -618,93 +361,3 @@ def test_lab_away_error_class_is_told(here: Forwarding) -> None:
     here.make("arm")
     here.run()
     assert {error.code for error in got} == {"lab_unavailable"}
-
-
-# one name, two ULIDs
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[tuple[Forwarding, Forwarding]]:
-    """Two hosts of one lab that have made `arm` apart; the first one was in the lab first."""
-    lab = InnerLab(tmp_path, FakeClock())
-    with Forwarding(tmp_path, lab, name="a") as a, Forwarding(tmp_path, lab, name="b") as b:
-        a.make("arm", by="a")
-        b.make("arm", by="b")
-        a.keepalive()
-        yield a, b
-    lab.close()
-
-
-def test_name_made_on_two_hosts_is_one_component_everywhere(hosts: tuple[Forwarding, Forwarding]) -> None:
-    """The lab and both hosts know both ULIDs as one component; the first one in the lab is preferred, and what is
-    changed on the second host afterwards reaches the lab."""
-    a, b = hosts
-    ids = {a.id_of("arm"), b.id_of("arm")}
-    preferred = a.id_of("arm")
-    b.keepalive()
-    assert b.id_of("arm") == preferred
-    for id in ids:
-        assert b.client.send("whois", id=id).ok()["component"]["name"] == "arm"
-        assert a.lab.registry.store.find(id=id).name == "arm"
-    b.set("arm", by="b again")
-    b.run()
-    assert json.loads(a.lab.find("arm").metadata) == {"by": "b again"}
-    assert b.forwarder.behind() == 0
-
-
-def test_holder_of_a_name_with_two_ulids_keeps_its_own(hosts: tuple[Forwarding, Forwarding]) -> None:
-    """A running holder is told once, whatever is changed meanwhile; who resolves after it has the lab's ULID."""
-    a, b = hosts
-    held = b.client.resolve("arm").ok()
-    b.keepalive()
-    b.set("arm", n=1)
-    b.run()
-    assert [line["op"] for _, line in b.pair.told] == ["conflict"]
-    assert b.id_of("arm") == held["id"] != a.id_of("arm")
-    assert b.forwarder.objections.counts["two_ids"] == 2
-    b.client.release("arm", held["fencing_token"])
-    assert b.client.resolve("arm").ok()["id"] == a.id_of("arm")
-
-
-def test_decision_of_a_person_reaches_both_hosts_with_their_next_change(hosts: tuple[Forwarding, Forwarding]) -> None:
-    """Where a person has decided for the other ULID, a host that says something of the component learns it."""
-    a, b = hosts
-    first, second = a.id_of("arm"), b.id_of("arm")
-    b.keepalive()
-    a.lab.registry.store.merge("a", "arm", second)
-    for host in (a, b):
-        host.set("arm", seen=host.host.name)
-        host.run()
-        assert host.id_of("arm") == second
-        assert host.client.send("whois", id=first).ok()["component"]["id"] == second
-
-
-def test_conflict_in_a_sync_is_noted_as_one_in_a_change(tmp_path: Path) -> None:
-    """A host whose first word to the lab is a sync learns of a name with two ULIDs by it."""
-    lab = InnerLab(tmp_path, FakeClock())
-    with Forwarding(tmp_path, lab, name="a") as a, Forwarding(tmp_path, lab, name="b") as b:
-        a.make("arm")
-        b.make("arm")
-        a.keepalive()
-        b.keepalive()
-        assert len(sent(b, "/registry/changes")) == 0
-        assert a.id_of("arm") == b.id_of("arm")
-    lab.close()
-
-
-@pytest.mark.parametrize("preferred", ["", "x" * 300, "a\nb", 7, None])
-def test_preferred_ulid_that_is_none_changes_nothing(here: Forwarding, preferred: Any) -> None:
-    """What a lab says is checked: text that cannot be an id is not taken over."""
-    id = here.make("arm")
-    here.run()
-    post = here.lab.post
-
-    def lie(route: str, body: dict[str, Any], *, within_s: float) -> dict[str, Any]:
-        answer = post(route, body, within_s=within_s)
-        return answer | {"unapplied": [{"name": "arm", "id": id, "reason": "two_ids", "preferred": preferred}]}
-
-    here.lab.post = lie  # type: ignore[method-assign]
-    here.set("arm", n=1)
-    here.run()
-    assert here.id_of("arm") == id
-    assert here.client.get("arm")["preferred_id"] is None

@@ -6,7 +6,7 @@ import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,25 +29,6 @@ from madsci_registry_lab.store import Change, State, Want
 pytestmark = pytest.mark.skipif(not etcd.is_here(), reason=etcd.WHY_NOT)
 
 _numbers = itertools.count()
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    """A clock that a test turns."""
-    return FakeClock()
-
-
-@pytest.fixture
-def url() -> str:
-    """The setting of a lab of its own."""
-    return f"{etcd.shared().url}/hostile-{next(_numbers)}"
-
-
-@pytest.fixture
-def replica(url: str, clock: FakeClock) -> Iterator[Callable[[], EtcdStore]]:
-    """Makes replicas of one lab: `replica()` is one more."""
-    with ExitStack() as opened:
-        yield lambda: opened.enter_context(closing(EtcdStore(parse(url), clock)))
 
 
 # leases
@@ -262,11 +243,11 @@ def test_watch_that_brings_what_etcd_does_not_say_ends(line: str) -> None:
 # who answers
 
 
-def test_another_cluster_is_as_good_as_silent(url: str, tmp_path: Path) -> None:
+def test_another_cluster_is_as_good_as_silent(etcd_url: str, tmp_path: Path) -> None:
     """An endpoint of another cluster than the first one is passed over, and where no other is left, nothing is
     answered."""
     with Cluster(tmp_path) as foreign:
-        both = parse(url.replace("etcd://", f"etcd://{foreign.url.removeprefix('etcd://')},"))
+        both = parse(etcd_url.replace("etcd://", f"etcd://{foreign.url.removeprefix('etcd://')},"))
         with closing(EtcdGateway(both, total_s=1.0)) as gateway:
             gateway._turn = 1
             gateway.txn(Txn(then=(Put(f"{both.prefix}a", "1"),)))
@@ -281,7 +262,7 @@ def test_another_cluster_is_as_good_as_silent(url: str, tmp_path: Path) -> None:
 
 
 def test_cluster_that_was_made_anew_needs_a_new_start(
-    replica: Callable[[], EtcdStore], url: str, tmp_path: Path
+    replica: Callable[[], EtcdStore], etcd_url: str, tmp_path: Path
 ) -> None:
     """A lab registry that runs while its cluster is replaced by a restored one says that it needs a new start, also
     where the revisions of that are higher."""
@@ -321,12 +302,12 @@ def bare() -> Iterator[str]:
         thread.join()
 
 
-def test_what_is_no_etcd_is_passed_over(bare: str, url: str) -> None:
+def test_what_is_no_etcd_is_passed_over(bare: str, etcd_url: str) -> None:
     """Who answers with success, and does not say what etcd says, has not answered: nothing is taken for absent."""
     with closing(EtcdGateway(parse(f"etcd://{bare}"), total_s=0.3)) as gateway:
         with pytest.raises(UnavailableError, match="no etcd"):
             gateway.range(Range("a"))
-    with closing(EtcdGateway(parse(url.replace("etcd://", f"etcd://{bare},")))) as gateway:
+    with closing(EtcdGateway(parse(etcd_url.replace("etcd://", f"etcd://{bare},")))) as gateway:
         assert gateway.txn(Txn(then=(Put(f"{gateway.access.prefix}a", "1"),))).succeeded
     found = check(parse(f"etcd://{bare}"))
     assert [finding for finding in found if finding.weight == "good" and finding.text != "no alarm"] == []

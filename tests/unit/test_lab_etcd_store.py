@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,27 +26,6 @@ from madsci_registry_lab.faults import Fault
 from madsci_registry_lab.store import Change, Event, GivenAwayError, LabStore, Mark, Want
 
 pytestmark = pytest.mark.skipif(not etcd.is_here(), reason=etcd.WHY_NOT)
-
-_numbers = itertools.count()
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    """A clock that a test turns."""
-    return FakeClock()
-
-
-@pytest.fixture
-def url() -> str:
-    """The setting of a lab of its own."""
-    return f"{etcd.shared().url}/replicas-{next(_numbers)}"
-
-
-@pytest.fixture
-def replica(url: str, clock: FakeClock) -> Iterator[Callable[[], EtcdStore]]:
-    """Makes replicas of one lab: `replica()` is one more."""
-    with ExitStack() as opened:
-        yield lambda: opened.enter_context(closing(EtcdStore(parse(url), clock)))
 
 
 def all_events(store: LabStore, cursor: str, limit: int = 7) -> list[Event]:
@@ -123,9 +101,9 @@ def test_replica_that_looks_late_ends_nobody(replica: Callable[[], EtcdStore], c
     assert host.keep().id == host.session.id
 
 
-def test_failed_look_begins_every_lease_anew(url: str, clock: FakeClock) -> None:
+def test_failed_look_begins_every_lease_anew(etcd_url: str, clock: FakeClock) -> None:
     """Where etcd did not answer, nobody loses a session for the time of that."""
-    with LabProxy(_port(url)) as proxy, closing(_behind(proxy, url, clock, alone=True, total_s=0.3)) as store:
+    with LabProxy(_port(etcd_url)) as proxy, closing(_behind(proxy, etcd_url, clock, alone=True, total_s=0.3)) as store:
         Host(store, "a")
         for _ in range(int(LEASE_S) - 1):
             clock.advance(1)
@@ -170,11 +148,11 @@ def test_locks_of_an_ended_session_are_free_at_once_and_told_once(
 
 @pytest.mark.parametrize("mode", ["drop", "mute", "cut"])
 def test_change_whose_answer_was_lost_counts_once(
-    url: str, clock: FakeClock, mode: Mode, monkeypatch: pytest.MonkeyPatch
+    etcd_url: str, clock: FakeClock, mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A change that took effect, though its answer never came, is repeated and answered as it was done: made once, by
     this request, granted once, released, and told once."""
-    with LabProxy(_port(url)) as proxy, closing(_behind(proxy, url, clock)) as store:
+    with LabProxy(_port(etcd_url)) as proxy, closing(_behind(proxy, etcd_url, clock)) as store:
         cursor, gateway, lost = store.changes(None, 1).cursor, store._gateway, list[Txn]()
         plain = gateway.txn
 
@@ -203,10 +181,10 @@ def test_change_whose_answer_was_lost_counts_once(
         assert len(lost) == 6
 
 
-def test_batch_that_ends_in_the_middle_goes_on_where_it_was(url: str, clock: FakeClock) -> None:
+def test_batch_that_ends_in_the_middle_goes_on_where_it_was(etcd_url: str, clock: FakeClock) -> None:
     """Of a batch that etcd answered in part, each change counts once when it is sent again."""
     changes = [Change(n + 1, state(f"name-{n}", n)) for n in range(90)]
-    with LabProxy(_port(url)) as proxy, closing(_behind(proxy, url, clock, alone=True, total_s=0.5)) as store:
+    with LabProxy(_port(etcd_url)) as proxy, closing(_behind(proxy, etcd_url, clock, alone=True, total_s=0.5)) as store:
         cursor = store.changes(None, 1).cursor
         before = proxy.requests["POST /v3/kv/txn"]
         cutter = threading.Thread(target=_cut_after, args=(proxy, before + 5))
@@ -357,13 +335,15 @@ def test_etcd_that_does_not_answer_is_a_fault_at_the_start(clock: FakeClock) -> 
         EtcdStore(parse(f"etcd://127.0.0.1:{port}"), clock, total_s=0.3)
 
 
-def _port(url: str) -> int:
-    return int(url.rpartition("/")[0].rpartition(":")[2])
+def _port(etcd_url: str) -> int:
+    return int(etcd_url.rpartition("/")[0].rpartition(":")[2])
 
 
-def _behind(proxy: LabProxy, url: str, clock: FakeClock, *, alone: bool = False, total_s: float = 8.0) -> EtcdStore:
+def _behind(
+    proxy: LabProxy, etcd_url: str, clock: FakeClock, *, alone: bool = False, total_s: float = 8.0
+) -> EtcdStore:
     """Open a store that asks by the proxy first and, not `alone`, the member itself next; watches go past the proxy."""
-    store = EtcdStore(parse(url.replace("etcd://", f"etcd://127.0.0.1:{proxy.port},")), clock, total_s=total_s)
+    store = EtcdStore(parse(etcd_url.replace("etcd://", f"etcd://127.0.0.1:{proxy.port},")), clock, total_s=total_s)
     if alone:
         access = store._gateway.access
         store._gateway.access = replace(access, endpoints=access.endpoints[:1])
