@@ -124,7 +124,7 @@ class Handlers:
             p.LabMerge: Parks(lab.merge),
             p.LabSync: Parks(lab.sync),
         }
-        if lab.is_on:
+        if lab.is_on:  # else a lookup is a plain read, which is the quickest
             self._table[p.Lookup] = Parks(self._lookup)
 
     def request(self, frame: bytes, answer: Answer) -> None:

@@ -100,6 +100,10 @@ class NoLabVerbs:
 
     is_on = False
 
+    def lookup(self, name: str, answer: Answer) -> None:
+        """Answer the ULID of a name that is not known here, null where it is absent."""
+        answer({"ok": {"id": None}})
+
     def conflicts(self, who: Session, r: p.LabConflicts, answer: Answer) -> None:
         """Answer a page of the lab's conflicts."""
         raise no_lab()

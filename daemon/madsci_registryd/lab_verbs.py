@@ -56,8 +56,6 @@ class LabVerbs(NoLabVerbs):
         self._require = require
 
     def lookup(self, name: str, answer: Answer) -> None:
-        """Answer the ULID of a name that is not known here, null where it is absent."""
-
         def done(result: dict[str, Any] | RegistryError) -> None:
             if isinstance(result, NotFoundError):
                 answer({"ok": {"id": None}})
